@@ -1,0 +1,183 @@
+"""Argument checks of the ops: what is wrong, with which argument, what was wanted. Cheap enough for every call."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fourbit.double_quant import NESTED_BLOCKSIZE
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
+
+Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""nested_absmax, nested_code, nested_offset: all given, or all None."""
+
+
+def blocksize(op: str, value: object) -> None:
+    """A power of two from 32 to 4096."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: blocksize must be an int, got {type(value).__name__}")
+    if not MIN_BLOCKSIZE <= value <= MAX_BLOCKSIZE or value & (value - 1):
+        raise ValueError(
+            f"{op}: blocksize must be a power of two from {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}, got {value}"
+        )
+
+
+def source(op: str, name: str, tensor: Tensor) -> None:
+    """A tensor that can be quantized."""
+    if tensor.dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} has no dimensions; want at least one (shape [n])")
+    if tensor.numel() == 0:
+        raise ValueError(f"{op}: {name} is empty, shape {list(tensor.shape)}")
+
+
+def compute_dtype(op: str, dtype: torch.dtype) -> None:
+    """A dtype of results."""
+    if dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def activations(op: str, name: str, x: Tensor) -> None:
+    """The floating-point side of a linear op."""
+    if x.dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must have a last dimension of features, got shape {list(x.shape)}")
+
+
+def integers(op: str, name: str, ids: Tensor) -> None:
+    """Row numbers or offsets."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {ids.dtype}")
+
+
+def code(op: str, table: Tensor, size: int, device: torch.device) -> None:
+    """A codebook of `size` float32 values on `device`."""
+    if table.dtype != torch.float32 or table.numel() != size or table.dim() != 1:
+        raise ValueError(f"{op}: code must be float32 [{size}], got {table.dtype} {list(table.shape)}")
+    if table.device != device:
+        _wrong_device(op, "code", table, device)
+
+
+def bias(op: str, value: Tensor, out_features: int, x: Tensor) -> None:
+    """A bias that fits a linear op."""
+    if value.dim() != 1 or value.shape[0] != out_features:
+        raise ValueError(f"{op}: bias must have shape [{out_features}], got {list(value.shape)}")
+    if value.dtype != x.dtype:
+        raise TypeError(f"{op}: bias is {value.dtype} and x is {x.dtype}; want the same")
+    if value.device != x.device:
+        _wrong_device(op, "bias", value, x.device)
+
+
+def group_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
+    """Expert offsets that fit x [T, K]. Their values are the caller's business, as for torch's grouped matmul."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: the rows must be 2-D [tokens, features], got shape {list(x.shape)}")
+    if offsets.dim() != 1 or offsets.numel() == 0:
+        raise ValueError(f"{op}: offsets must be 1-D with one entry an expert, got shape {list(offsets.shape)}")
+    if offsets.device != x.device:
+        _wrong_device(op, "offsets", offsets, x.device)
+    if offsets.device.type == "cpu":
+        steps = offsets.diff(prepend=offsets.new_zeros(1))
+        if int(offsets[-1]) > x.shape[0] or bool((steps < 0).any()):
+            raise ValueError(f"{op}: offsets must rise from 0 to at most {x.shape[0]} rows, got {offsets.tolist()}")
+
+
+def weight(
+    op: str,
+    packed: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    size: int,
+    count: int,
+    nested: Nested,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed weight of `count` elements on `device` with blocksize `size`; returned contiguous."""
+    if packed.numel() != (count + 1) // 2 or packed.dtype is not torch.uint8:
+        _wrong_packed(op, packed, count)
+    if packed.device != device:
+        _wrong_device(op, "packed", packed, device)
+    scales(op, absmax, table, size, count, nested, device)
+    return (
+        packed if packed.is_contiguous() else packed.contiguous(),
+        absmax if absmax.is_contiguous() else absmax.contiguous(),
+        table,
+    )
+
+
+def scales(
+    op: str, absmax: Tensor, table: Tensor, size: int, count: int, nested: Nested, device: torch.device
+) -> None:
+    """The scales and the codebook of a weight of `count` elements on `device` with blocksize `size`."""
+    if size & (size - 1) or not MIN_BLOCKSIZE <= size <= MAX_BLOCKSIZE:
+        blocksize(op, size)
+    blocks = -(-count // size)
+    if absmax.numel() != blocks or absmax.dtype is not (torch.float32 if nested[0] is None else torch.uint8):
+        _wrong_absmax(op, absmax, blocks, nested[0] is not None, count, size)
+    if absmax.device != device:
+        _wrong_device(op, "absmax", absmax, device)
+    if table.numel() != 16 or table.dtype is not torch.float32 or table.device != device:
+        code(op, table, 16, device)
+    if nested[0] is not None:
+        _check_nested(op, nested, blocks, device)
+    elif nested[1] is not None or nested[2] is not None:
+        raise ValueError(f"{op}: nested_code or nested_offset is given without nested_absmax")
+
+
+def blockwise(op: str, codes: Tensor, absmax: Tensor, table: Tensor, size: int) -> None:
+    """The arguments of `dequantize_blockwise`."""
+    blocksize(op, size)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"{op}: codes must be uint8, got {codes.dtype}")
+    blocks = -(-codes.numel() // size)
+    if absmax.dtype != torch.float32 or absmax.numel() != blocks:
+        _wrong_absmax(op, absmax, blocks, False, codes.numel(), size)
+    if absmax.device != codes.device:
+        _wrong_device(op, "absmax", absmax, codes.device)
+    code(op, table, 256, codes.device)
+
+
+def _check_nested(op: str, nested: Nested, blocks: int, device: torch.device) -> None:
+    absmax, table, offset = nested
+    assert absmax is not None
+    if table is None or offset is None:
+        raise ValueError(f"{op}: nested_absmax is given without nested_code and nested_offset")
+    want = -(-blocks // NESTED_BLOCKSIZE)
+    for name, tensor, size in (
+        ("nested_absmax", absmax, want),
+        ("nested_code", table, 256),
+        ("nested_offset", offset, 1),
+    ):
+        if tensor.dtype is not torch.float32 or tensor.numel() != size:
+            raise ValueError(
+                f"{op}: {name} must be float32 with {size} elements, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.device != device:
+            _wrong_device(op, name, tensor, device)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous")
+
+
+def _wrong_packed(op: str, packed: Tensor, count: int) -> NoReturn:
+    raise ValueError(
+        f"{op}: packed must be uint8 with {(count + 1) // 2} bytes for {count} elements,"
+        f" got {packed.dtype} {list(packed.shape)} ({packed.numel()} elements)"
+    )
+
+
+def _wrong_absmax(op: str, absmax: Tensor, blocks: int, nested: bool, count: int, size: int) -> NoReturn:
+    kind = "uint8 (double-quantized)" if nested else "float32"
+    raise ValueError(
+        f"{op}: absmax must be {kind} with {blocks} scales for {count} elements in blocks of {size},"
+        f" got {absmax.dtype} {list(absmax.shape)}"
+    )
+
+
+def _wrong_device(op: str, name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+    raise ValueError(f"{op}: {name} is on {tensor.device} and the rest is on {device}; move one of them")

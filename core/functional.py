@@ -1,0 +1,189 @@
+"""The public functions: quantize and dequantize, and the products with a packed weight and its QuantState."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fourbit import autograd as _autograd  # noqa: F401  (registers the gradients)
+from fourbit import checks, codebooks, registry
+from fourbit.state import QuantState
+
+_quantize = torch.ops.fourbit.quantize_4bit.default
+_dequantize = torch.ops.fourbit.dequantize_4bit.default
+_double_quantize = torch.ops.fourbit.double_quantize.default
+_linear = torch.ops.fourbit.linear_4bit.default
+_embedding = torch.ops.fourbit.embedding_4bit.default
+_grouped = torch.ops.fourbit.grouped_linear_4bit.default
+_quantize_blockwise = torch.ops.fourbit.quantize_blockwise.default
+_dequantize_blockwise = torch.ops.fourbit.dequantize_blockwise.default
+
+
+class NonFiniteError(ValueError):
+    """A weight has NaN or Inf; the message has its name and the first offending index."""
+
+
+def quantize_4bit(
+    w: Tensor, *, quant_type: str = "nf4", blocksize: int | None = None, double_quant: bool = False
+) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor to 4 bits, blockwise by absolute maximum (QLoRA, arXiv 2305.14314).
+
+    Args:
+        w: float32, bfloat16 or float16, any shape with at least one element; on any device.
+        quant_type: "nf4", "fp4", or a type that a plugin registered.
+        blocksize: consecutive elements that share a scale, a power of two from 32 to 4096; None takes the
+            default of the backend that serves w's device.
+        double_quant: store the scales in 8 bits too: 4.127 bits an element instead of 4.5 at blocksize 64.
+
+    Returns:
+        `(packed, state)`: uint8 [ceil(n/2), 1], and the QuantState needed to read it.
+
+    A block with NaN or Inf dequantizes to NaN, and no other block is harmed.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    _want_tensor("quantize_4bit", "w", w)
+    checks.source("quantize_4bit", "w", w)
+    codebook = codebooks.get(quant_type)
+    if blocksize is None:
+        blocksize = registry.default_blocksize(w.device)
+    checks.blocksize("quantize_4bit", blocksize)
+    code = codebook.tensor(w.device)
+    packed, absmax = _quantize(w.detach(), code, blocksize, codebook.signed_scale)
+    nested: tuple[Tensor | None, ...] = (None, None, None)
+    if double_quant:
+        absmax, *nested_list = _double_quantize(absmax, codebooks.dynamic_map(w.device))
+        nested = tuple(nested_list)
+    state = QuantState(
+        *(absmax, torch.Size(w.shape), code, blocksize, codebook.name, w.dtype),
+        *nested,
+    )
+    return packed, state
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight as a tensor of `state.shape`, in `dtype` (None: the dtype that was quantized).
+
+    Code value times scale in float32, rounded once. Raises TypeError or ValueError if packed and state do
+    not fit each other.
+    """
+    _want_state("dequantize_4bit", packed, state)
+    return _dequantize(
+        *(packed, state.absmax, state.code, state.blocksize, state.shape, state.dtype if dtype is None else dtype),
+        *(state.nested_absmax, state.nested_code, state.nested_offset),
+    )
+
+
+def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times the transposed 4-bit weight [out, in], plus bias [out]; in x's dtype.
+
+    Differentiable in x and bias; the weight is frozen, and only its packed form is kept for backward.
+    Raises TypeError or ValueError, naming the argument that does not fit.
+    """
+    shape = state.shape
+    if len(shape) != 2:
+        raise ValueError(f"linear_4bit: the weight must be 2-D [out, in], this one has shape {list(shape)}")
+    if x.shape[-1:] != shape[1:]:
+        raise ValueError(f"linear_4bit: x has shape {list(x.shape)}, the weight [out, in] = {list(shape)}")
+    if bias is None and state.nested_absmax is None:  # fewer arguments, half a microsecond less
+        return _linear(x, packed, state.absmax, state.code, state.blocksize, shape[0])
+    return _linear(
+        *(x, packed, state.absmax, state.code, state.blocksize, shape[0]),
+        *(state.nested_absmax, state.nested_code, state.nested_offset, bias),
+    )
+
+
+def embedding_4bit(
+    ids: Tensor, packed: Tensor, state: QuantState, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Rows `ids` (int32 or int64, any shape) of a 4-bit weight [rows, dim]: [*ids.shape, dim].
+
+    `dtype` None means the dtype that was quantized. Raises IndexError for an id out of range.
+    """
+    _want_tensor("embedding_4bit", "ids", ids)
+    _want_state("embedding_4bit", packed, state)
+    if len(state.shape) != 2:
+        raise ValueError(f"embedding_4bit: the weight must be 2-D [rows, dim], this one has {list(state.shape)}")
+    return _embedding(
+        *(ids, packed, state.absmax, state.code, state.blocksize, *state.shape),
+        *(state.dtype if dtype is None else dtype, state.nested_absmax, state.nested_code, state.nested_offset),
+    )
+
+
+def grouped_linear_4bit(x: Tensor, offsets: Tensor, packed: Tensor, state: QuantState) -> Tensor:
+    """Stacked expert weights [E, out, in] applied to rows of x [T, in] that are sorted by expert.
+
+    `offsets` (int32 or int64 [E]) are the ends of the experts' row ranges, as torch's grouped matmul takes
+    them. Returns [T, out] in x's dtype, zeros for rows after the last offset. Differentiable in x.
+    """
+    _want_tensor("grouped_linear_4bit", "x", x)
+    shape = state.shape
+    if len(shape) != 3 or x.shape[-1:] != shape[2:] or offsets.shape != shape[:1]:
+        raise ValueError(
+            f"grouped_linear_4bit: x {list(x.shape)} and offsets {list(offsets.shape)} do not fit"
+            f" the weight [experts, out, in] = {list(shape)}"
+        )
+    return _grouped(
+        *(x, offsets, packed, state.absmax, state.code, state.blocksize, shape[1]),
+        *(state.nested_absmax, state.nested_code, state.nested_offset),
+    )
+
+
+def quantize_blockwise(x: Tensor, *, code: Tensor | None = None, blocksize: int = 256) -> tuple[Tensor, Tensor]:
+    """Quantize to 8 bits: `(codes, absmax)`, uint8 in x's shape and float32 [ceil(n/blocksize)].
+
+    `code` is a float32 [256] table, None the dynamic map (arXiv 2110.02861). Nearest entry, truly.
+    """
+    _want_tensor("quantize_blockwise", "x", x)
+    return _quantize_blockwise(x.detach(), codebooks.dynamic_map(x.device) if code is None else code, blocksize)
+
+
+def dequantize_blockwise(
+    codes: Tensor,
+    absmax: Tensor,
+    *,
+    code: Tensor | None = None,
+    blocksize: int = 256,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Undo `quantize_blockwise`: table entry times absmax in float32, rounded once to `dtype`."""
+    _want_tensor("dequantize_blockwise", "codes", codes)
+    table = codebooks.dynamic_map(codes.device) if code is None else code
+    return _dequantize_blockwise(codes, absmax, table, blocksize, dtype)
+
+
+def require_finite(w: Tensor, name: str) -> None:
+    """Raise NonFiniteError, with `name` and the first offending index, if w has NaN or Inf."""
+    step = 1 << 22
+    flat = w.detach().reshape(-1)
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        bad = ~torch.isfinite(part)
+        if bool(bad.any()):
+            first = start + int(bad.nonzero()[0, 0])
+            index = _unravel(first, w.shape)
+            raise NonFiniteError(
+                f"{name} has a non-finite value ({float(flat[first])}) at index {index}; it cannot be quantized"
+            )
+
+
+def _unravel(index: int, shape: Sequence[int]) -> list[int]:
+    result: list[int] = []
+    for size in reversed(shape):
+        result.insert(0, index % size)
+        index //= size
+    return result
+
+
+def _want_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def _want_state(op: str, packed: object, state: object) -> None:
+    _want_tensor(op, "packed", packed)
+    if not isinstance(state, QuantState):
+        raise TypeError(f"{op}: state must be a fourbit.QuantState, got {type(state).__name__}")

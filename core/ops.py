@@ -1,0 +1,361 @@
+"""The abstract ops, as torch ops `torch.ops.fourbit.*`: schemas, argument checks, dispatch, fakes, autograd.
+
+Registered with `Library.define` and `impl` (never `custom_op`, which costs four times as much a call), so
+that torch.compile, FakeTensor and export see each op whole. The eager kernels here check the arguments and
+call the method that the dispatch table holds; hooks are never called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit import checks, double_quant
+from fourbit.registry import miss, table
+
+Optional = Tensor | None
+
+_library = torch.library.Library("fourbit", "DEF")
+_NESTED = "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None"
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor code, int blocksize"
+
+SCHEMAS = {
+    "quantize_4bit": "(Tensor w, Tensor code, int blocksize, bool signed_scale=False) -> (Tensor, Tensor)",
+    "dequantize_4bit": f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, {_NESTED}) -> Tensor",
+    "linear_4bit": f"(Tensor x, {_WEIGHT}, SymInt out_features, {_NESTED}, Tensor? bias=None) -> Tensor",
+    "linear_4bit_grad": f"(Tensor grad, {_WEIGHT}, SymInt in_features, {_NESTED}) -> Tensor",
+    "embedding_4bit": f"(Tensor ids, {_WEIGHT}, SymInt num_embeddings, SymInt embedding_dim, ScalarType dtype,"
+    f" {_NESTED}) -> Tensor",
+    "grouped_linear_4bit": f"(Tensor x, Tensor offsets, {_WEIGHT}, SymInt out_features, {_NESTED}) -> Tensor",
+    "grouped_linear_4bit_grad": f"(Tensor grad, Tensor offsets, {_WEIGHT}, SymInt in_features, {_NESTED}) -> Tensor",
+    "quantize_blockwise": "(Tensor x, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    "dequantize_blockwise": "(Tensor codes, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
+    "double_quantize": "(Tensor absmax, Tensor code) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_quantize_table = table("quantize_4bit")
+_dequantize_table = table("dequantize_4bit")
+_linear_table = table("linear_4bit")
+_linear_grad_table = table("linear_4bit_grad")
+_embedding_table = table("embedding_4bit")
+_grouped_table = table("grouped_linear_4bit")
+_grouped_grad_table = table("grouped_linear_4bit_grad")
+_quantize_blockwise_table = table("quantize_blockwise")
+_dequantize_blockwise_table = table("dequantize_blockwise")
+
+
+# ---- eager kernels: check, look up, run -----------------------------------------------------------------
+
+
+def _quantize_4bit(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
+    checks.source("quantize_4bit", "w", w)
+    checks.blocksize("quantize_4bit", blocksize)
+    checks.code("quantize_4bit", code, 16, w.device)
+    key = (w.device, w.dtype, blocksize, False)
+    run = _quantize_table.get(key) or miss("quantize_4bit", key)
+    result: tuple[Tensor, Tensor] = run(w.contiguous(), code, blocksize, signed_scale)
+    return result
+
+
+def _dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    nested_absmax: Optional = None,
+    nested_code: Optional = None,
+    nested_offset: Optional = None,
+) -> Tensor:
+    checks.compute_dtype("dequantize_4bit", dtype)
+    count = 1
+    for size in shape:
+        count *= size
+    nested = (nested_absmax, nested_code, nested_offset)
+    weight = checks.weight("dequantize_4bit", packed, absmax, code, blocksize, count, nested, packed.device)
+    key = (packed.device, dtype, blocksize, nested_absmax is not None)
+    run = _dequantize_table.get(key) or miss("dequantize_4bit", key)
+    result: Tensor = run(*weight, blocksize, shape, dtype, *nested)
+    return result
+
+
+def _linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    out_features: int,
+    nested_absmax: Optional = None,
+    nested_code: Optional = None,
+    nested_offset: Optional = None,
+    bias: Optional = None,
+) -> Tensor:
+    # The hot path: a hit in the table vouches for dtype and blocksize, one expression for the rest.
+    device = x.device
+    key = (device, x.dtype, blocksize, nested_absmax is not None)
+    run = _linear_table.get(key)
+    shape = x.shape
+    count = out_features * shape[-1] if shape else 0
+    if (
+        run is None
+        or count == 0
+        or bias is not None
+        or nested_absmax is not None
+        or packed.numel() != (count + 1) >> 1
+        or absmax.numel() != -(-count // blocksize)
+        or packed.dtype is not torch.uint8
+        or absmax.dtype is not torch.float32
+        or packed.device != device
+        or absmax.device != device
+        or code.device != device
+        or code.numel() != 16
+        or code.dtype is not torch.float32
+        or not packed.is_contiguous()
+        or not absmax.is_contiguous()
+    ):
+        nested = (nested_absmax, nested_code, nested_offset)
+        checks.activations("linear_4bit", "x", x)
+        packed, absmax, code = checks.weight("linear_4bit", packed, absmax, code, blocksize, count, nested, device)
+        if bias is not None:
+            checks.bias("linear_4bit", bias, out_features, x)
+        run = run or miss("linear_4bit", key)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    result: Tensor = run(
+        x, packed, absmax, code, blocksize, out_features, nested_absmax, nested_code, nested_offset, bias
+    )
+    return result
+
+
+def _linear_4bit_grad(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    in_features: int,
+    nested_absmax: Optional = None,
+    nested_code: Optional = None,
+    nested_offset: Optional = None,
+) -> Tensor:
+    op = "linear_4bit_grad"
+    nested = (nested_absmax, nested_code, nested_offset)
+    checks.activations(op, "grad", grad)
+    weight = checks.weight(op, packed, absmax, code, blocksize, in_features * grad.shape[-1], nested, grad.device)
+    key = (grad.device, grad.dtype, blocksize, nested_absmax is not None)
+    run = _linear_grad_table.get(key) or miss(op, key)
+    result: Tensor = run(grad.contiguous(), *weight, blocksize, in_features, *nested)
+    return result
+
+
+def _embedding_4bit(
+    ids: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+    nested_absmax: Optional = None,
+    nested_code: Optional = None,
+    nested_offset: Optional = None,
+) -> Tensor:
+    op = "embedding_4bit"
+    nested = (nested_absmax, nested_code, nested_offset)
+    checks.compute_dtype(op, dtype)
+    checks.integers(op, "ids", ids)
+    count = num_embeddings * embedding_dim
+    weight = checks.weight(op, packed, absmax, code, blocksize, count, nested, ids.device)
+    key = (ids.device, dtype, blocksize, nested_absmax is not None)
+    run = _embedding_table.get(key) or miss(op, key)
+    result: Tensor = run(ids.contiguous(), *weight, blocksize, num_embeddings, embedding_dim, dtype, *nested)
+    return result
+
+
+def _grouped(
+    op: str,
+    methods: dict[Any, Any],
+    x: Tensor,
+    offsets: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor],
+    blocksize: int,
+    width: int,
+    nested: checks.Nested,
+) -> Tensor:
+    checks.activations(op, "grad" if op.endswith("grad") else "x", x)
+    checks.integers(op, "offsets", offsets)
+    checks.group_offsets(op, offsets, x)
+    count = offsets.numel() * x.shape[-1] * width
+    weight = checks.weight(op, *weight, blocksize, count, nested, x.device)
+    key = (x.device, x.dtype, blocksize, nested[0] is not None)
+    run = methods.get(key) or miss(op, key)
+    result: Tensor = run(x.contiguous(), offsets.contiguous(), *weight, blocksize, width, *nested)
+    return result
+
+
+def _grouped_linear_4bit(
+    x: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    out_features: int,
+    *nested: Optional,
+) -> Tensor:
+    weight = (packed, absmax, code)
+    return _grouped("grouped_linear_4bit", _grouped_table, x, offsets, weight, blocksize, out_features, _three(nested))
+
+
+def _grouped_linear_4bit_grad(
+    grad: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    in_features: int,
+    *nested: Optional,
+) -> Tensor:
+    op, weight = "grouped_linear_4bit_grad", (packed, absmax, code)
+    return _grouped(op, _grouped_grad_table, grad, offsets, weight, blocksize, in_features, _three(nested))
+
+
+def _three(nested: Sequence[Optional]) -> checks.Nested:
+    """The nested tensors, filled up with the None that torch leaves out of a call."""
+    a, b, c = (*nested, None, None, None)[:3]
+    return a, b, c
+
+
+def _quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    checks.source("quantize_blockwise", "x", x)
+    checks.blocksize("quantize_blockwise", blocksize)
+    checks.code("quantize_blockwise", code, 256, x.device)
+    key = (x.device, x.dtype, blocksize, False)
+    run = _quantize_blockwise_table.get(key) or miss("quantize_blockwise", key)
+    result: tuple[Tensor, Tensor] = run(x.contiguous(), code, blocksize)
+    return result
+
+
+def _dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    op = "dequantize_blockwise"
+    checks.compute_dtype(op, dtype)
+    checks.blockwise(op, codes, absmax, code, blocksize)
+    key = (codes.device, dtype, blocksize, False)
+    run = _dequantize_blockwise_table.get(key) or miss(op, key)
+    result: Tensor = run(codes.contiguous(), absmax.contiguous(), code, blocksize, dtype)
+    return result
+
+
+def _double_quantize(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.source("double_quantize", "absmax", absmax)
+    checks.code("double_quantize", code, 256, absmax.device)
+    return double_quant.encode_scales(absmax.float(), code.clone(), _quantize_blockwise)
+
+
+_EAGER = {
+    "quantize_4bit": _quantize_4bit,
+    "dequantize_4bit": _dequantize_4bit,
+    "linear_4bit": _linear_4bit,
+    "linear_4bit_grad": _linear_4bit_grad,
+    "embedding_4bit": _embedding_4bit,
+    "grouped_linear_4bit": _grouped_linear_4bit,
+    "grouped_linear_4bit_grad": _grouped_linear_4bit_grad,
+    "quantize_blockwise": _quantize_blockwise,
+    "dequantize_blockwise": _dequantize_blockwise,
+    "double_quantize": _double_quantize,
+}
+for _name, _kernel in _EAGER.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# ---- fakes: shapes and dtypes alone -----------------------------------------------------------------------
+
+
+def _blocks(count: Any, blocksize: int) -> Any:
+    return (count + blocksize - 1) // blocksize
+
+
+def _fake_quantize_4bit(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
+    checks.source("quantize_4bit", "w", w)
+    checks.blocksize("quantize_4bit", blocksize)
+    n = w.numel()
+    absmax = w.new_empty((_blocks(n, blocksize),), dtype=torch.float32)
+    return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), absmax
+
+
+def _fake_dequantize_4bit(
+    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype, *_: Any
+) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+def _fake_linear_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out_features: int, *_: Any, **__: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_embedding_4bit(
+    ids: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
+    return ids.new_empty((*ids.shape, embedding_dim), dtype=dtype)
+
+
+def _fake_grouped_linear_4bit(
+    x: Tensor, offsets: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, width: int, *_: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], width))
+
+
+def _fake_quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    absmax = x.new_empty((_blocks(x.numel(), blocksize),), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.uint8), absmax
+
+
+def _fake_dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _fake_double_quantize(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = absmax.numel()
+    return (
+        absmax.new_empty((n,), dtype=torch.uint8),
+        absmax.new_empty((_blocks(n, double_quant.NESTED_BLOCKSIZE),), dtype=torch.float32),
+        absmax.new_empty((256,), dtype=torch.float32),
+        absmax.new_empty((), dtype=torch.float32),
+    )
+
+
+_FAKES = {
+    "quantize_4bit": _fake_quantize_4bit,
+    "dequantize_4bit": _fake_dequantize_4bit,
+    "linear_4bit": _fake_linear_4bit,
+    "linear_4bit_grad": _fake_linear_4bit,
+    "embedding_4bit": _fake_embedding_4bit,
+    "grouped_linear_4bit": _fake_grouped_linear_4bit,
+    "grouped_linear_4bit_grad": _fake_grouped_linear_4bit,
+    "quantize_blockwise": _fake_quantize_blockwise,
+    "dequantize_blockwise": _fake_dequantize_blockwise,
+    "double_quantize": _fake_double_quantize,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"fourbit::{_name}", _fake, lib=_library)
