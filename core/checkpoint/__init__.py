@@ -1,0 +1,12 @@
+"""Model folders of safetensors: reading them, quantizing them tensor by tensor, saying what is in them.
+
+`reader` opens a folder (ours, bitsandbytes', or plain), `writer` writes one that is never half there,
+`quantize` goes from one to the other, and `inspect` lists what a folder holds.
+"""
+
+from __future__ import annotations
+
+from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.reader import Checkpoint, TensorInfo
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorInfo"]

@@ -1,0 +1,93 @@
+"""Which files make up a checkpoint: one .safetensors file, or an index with its shards.
+
+A folder is input from a stranger: an index may not point outside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fourbit.checkpoint.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+MAX_JSON_BYTES = 1 << 28
+"""Longest JSON file that is read; an index of a million tensors has about 100 MB."""
+
+
+def find_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a folder (or one .safetensors or index file), and the index's weight map if any.
+
+    Raises CheckpointError, naming the path, if it is no checkpoint, or if a shard is missing.
+    """
+    if path.is_file():
+        if path.name.endswith(".safetensors.index.json"):
+            return _from_index(path)
+        if path.suffix == ".safetensors":
+            return [path], None
+        raise CheckpointError(f"{path} is neither a folder nor a .safetensors file")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    if (path / SINGLE_FILE).is_file():  # the order in which transformers looks
+        return [path / SINGLE_FILE], None
+    if (path / INDEX_FILE).is_file():
+        return _from_index(path / INDEX_FILE)
+    for pattern, opened in (("*.safetensors.index.json", _from_index), ("*.safetensors", _single)):
+        found = sorted(p for p in path.glob(pattern) if p.is_file())
+        if len(found) == 1:
+            return opened(found[0])
+        if found:
+            names = ", ".join(p.name for p in found[:4])
+            raise CheckpointError(f"{path} has {len(found)} candidates ({names}); name one of them")
+    other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    hint = f"; it has {other[0]}, and fourbit reads safetensors only" if other else ""
+    raise CheckpointError(f"{path} has no .safetensors file{hint}")
+
+
+def _single(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    return [path], None
+
+
+def _from_index(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is missing, empty or not an object")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is said to be in {file!r}, which is not the plain name of a"
+                " .safetensors file in the same folder"
+            )
+    files = [path.parent / file for file in sorted(set(weight_map.values()))]
+    for file_path in files:
+        if not file_path.is_file():
+            raise CheckpointError(f"{path} names the shard {file_path.name}, which is missing")
+    return files, weight_map
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is one component of a path, on any operating system."""
+    forbidden = set("/\\:\0") & set(name)
+    return bool(name) and not forbidden and name not in (".", "..") and os.path.basename(name) == name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError, naming the file, if it is not one."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes, more than a JSON file of a checkpoint ever has")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, want an object")
+    return value

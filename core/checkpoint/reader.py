@@ -1,0 +1,224 @@
+"""Reading a folder of safetensors: names, types and shapes from the headers, then one tensor at a time.
+
+It reads plain 16-bit folders, ours and those of bitsandbytes. Nothing in a file is believed unchecked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fourbit.checkpoint import layout
+from fourbit.checkpoint.errors import CheckpointError
+from fourbit.state import MAX_META_BYTES, QuantState
+
+META_MARK = ".quant_state.bitsandbytes__"
+"""What the key of a quantization state has between the weight's name and the quant_type."""
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says about one tensor.
+
+    Attributes:
+        name: of the tensor.
+        dtype: as stored.
+        shape: as stored; a packed 4-bit weight has [ceil(n/2), 1].
+        file: that it is in.
+        nbytes: of its data.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements as stored."""
+        return prod(self.shape)
+
+
+class Checkpoint:
+    """A folder of safetensors (or one .safetensors or index file), opened by its headers only.
+
+    Usable in a `with` statement; a tensor that was read stays valid after `close`.
+
+    Attributes:
+        path: that was opened.
+        files: the weight files, sorted by name.
+        entries: TensorInfo of each tensor, by name, in the order of the files.
+        config: the parsed config.json, {} if there is none.
+
+    Raises CheckpointError, naming the file, for anything malformed: an index that points outside the
+    folder, a missing shard or tensor, a truncated file, a dtype that torch lacks.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.files, self._weight_map = layout.find_files(self.path)
+        self._open: dict[Path, Any] = {}
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, TensorInfo] = {
+            info.name: info for file in self.files for info in self._scan(file)
+        }
+        missing = next((n for n in self._weight_map or () if n not in self.entries), None)
+        if missing is not None:
+            assert self._weight_map is not None
+            shard = self.files[0].parent / self._weight_map[missing]
+            raise CheckpointError(f"{shard} lacks the tensor {missing!r}, which the index says it has")
+        self._quantized = self._find_quantized()
+
+    def _scan(self, file: Path) -> Iterator[TensorInfo]:
+        handle = self._handle(file)
+        self.metadata |= handle.metadata() or {}
+        for name in handle.keys():  # noqa: SIM118  (it is no mapping)
+            # a tensor in two shards: the index decides
+            if self._weight_map is not None and self._weight_map.get(name, file.name) != file.name:
+                continue
+            view = handle.get_slice(name)
+            dtype = getattr(torch, _DTYPES.get(view.get_dtype(), ""), None)
+            if not isinstance(dtype, torch.dtype):
+                raise CheckpointError(f"{file}: tensor {name!r} has the unsupported type {view.get_dtype()}")
+            shape = tuple(view.get_shape())
+            yield TensorInfo(name, dtype, shape, file, prod(shape) * dtype.itemsize)
+
+    def _handle(self, file: Path) -> Any:
+        handle = self._open.get(file)
+        if handle is None:
+            try:
+                handle = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+            self._open[file] = handle
+        return handle
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json beside the weights, {} if there is none."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        file = folder / layout.CONFIG_FILE
+        return layout.read_json(file) if file.is_file() else {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(info.nbytes for info in self.entries.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of one tensor. Raises CheckpointError if there is none of that name."""
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}") from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, on the CPU. Raises CheckpointError, naming the tensor."""
+        info = self.info(name)
+        try:
+            tensor: Tensor = self._handle(info.file).get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{info.file}: tensor {name!r} cannot be read: {error}") from error
+        return tensor
+
+    def _find_quantized(self) -> dict[str, tuple[str, ...]]:
+        weights = dict.fromkeys(name.partition(META_MARK)[0] for name in self.entries if META_MARK in name)
+        parts: dict[str, list[str]] = {name: [] for name in weights}
+        for name in self.entries:
+            stem = name.partition(META_MARK)[0] if META_MARK in name else name.rpartition(".")[0]
+            if stem in parts:
+                parts[stem].append(name)
+        for name in weights:
+            if name not in self.entries:
+                raise CheckpointError(
+                    f"{self.path}: {parts[name][0]!r} is there and the weight {name!r} is not"
+                )
+        return {name: tuple(keys) for name, keys in parts.items()}
+
+    def quantized(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the 4-bit weights, each with the names of the tensors that hold its state."""
+        return self._quantized
+
+    def companions(self) -> frozenset[str]:
+        """Names of all tensors that only describe a 4-bit weight."""
+        return frozenset(key for keys in self._quantized.values() for key in keys)
+
+    def state(self, name: str) -> QuantState:
+        """The quantization state of a 4-bit weight. Raises CheckpointError, naming what is wrong."""
+        if name not in self._quantized:
+            self.info(name)
+            raise CheckpointError(f"{self.path}: tensor {name!r} is not a 4-bit weight")
+        keys = self._quantized[name]
+        for key in keys:
+            if META_MARK in key and self.entries[key].nbytes > MAX_META_BYTES:
+                raise CheckpointError(f"{self.path}: {key!r} has {self.entries[key].nbytes} bytes of JSON")
+        try:
+            return QuantState.from_state_dict({key: self.read(key) for key in keys}, prefix=name + ".")
+        except CheckpointError:
+            raise
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: {error.args[0] if error.args else error}") from error
+
+    def read_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        """A 4-bit weight: packed uint8 [ceil(n/2), 1], and its state, both on the CPU.
+
+        Weights that bitsandbytes stored under another dtype of the same bytes come back as uint8. Raises
+        CheckpointError, naming the tensor, if weight and state do not fit each other.
+        """
+        state = self.state(name)
+        want = (state.numel + 1) // 2
+        info = self.info(name)
+        # the storage dtype may be wider, and then the bytes are rounded up to whole elements
+        if not 0 <= info.nbytes - want < info.dtype.itemsize:
+            raise CheckpointError(
+                f"{self.path}: {name!r} has {info.nbytes} bytes; {list(state.shape)} in 4 bits has {want}"
+            )
+        packed = self.read(name).contiguous().view(-1).view(torch.uint8)[:want].view(-1, 1)
+        return packed, state
+
+    def close(self) -> None:
+        """Close the files. What was read stays valid, and reading again opens them again."""
+        self._open.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self.entries)} tensors, {len(self.files)} files)"
