@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fourbit import checks, double_quant
 from fourbit.registry import miss, table
+from torch import Tensor
 
 Optional = Tensor | None
 
@@ -106,12 +105,9 @@ def _linear_4bit(
     if (
         run is None
         or count == 0
-        or bias is not None
-        or nested_absmax is not None
         or packed.numel() != (count + 1) >> 1
         or absmax.numel() != -(-count // blocksize)
         or packed.dtype is not torch.uint8
-        or absmax.dtype is not torch.float32
         or packed.device != device
         or absmax.device != device
         or code.device != device
@@ -119,6 +115,8 @@ def _linear_4bit(
         or code.dtype is not torch.float32
         or not packed.is_contiguous()
         or not absmax.is_contiguous()
+        or (bias is not None and not _bias_fits(bias, out_features, x))
+        or not _scales_fit(absmax, nested_absmax, nested_code, nested_offset, device)
     ):
         nested = (nested_absmax, nested_code, nested_offset)
         checks.activations("linear_4bit", "x", x)
@@ -132,6 +130,30 @@ def _linear_4bit(
         x, packed, absmax, code, blocksize, out_features, nested_absmax, nested_code, nested_offset, bias
     )
     return result
+
+
+def _bias_fits(bias: Tensor, out_features: int, x: Tensor) -> bool:
+    return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device
+
+
+def _scales_fit(
+    absmax: Tensor, nested_absmax: Optional, nested_code: Optional, nested_offset: Optional, device: torch.device
+) -> bool:
+    """Whether the scales are surely right; where this says no, `checks.weight` finds out and says why."""
+    if nested_absmax is None:
+        return absmax.dtype is torch.float32 and nested_code is None and nested_offset is None
+    return (
+        nested_code is not None
+        and nested_offset is not None
+        and absmax.dtype is torch.uint8
+        and nested_absmax.numel() == -(-absmax.numel() // double_quant.NESTED_BLOCKSIZE)
+        and nested_code.numel() == 256
+        and nested_offset.numel() == 1
+        and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is torch.float32
+        and nested_absmax.device == nested_code.device == nested_offset.device == device
+        and nested_absmax.is_contiguous()
+        and nested_code.is_contiguous()
+    )
 
 
 def _linear_4bit_grad(

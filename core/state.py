@@ -13,10 +13,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from fourbit import checks, codebooks
 from fourbit.double_quant import NESTED_BLOCKSIZE, decode_scales
+from torch import Tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -36,6 +35,16 @@ _NESTED_FIELDS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype in files: "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
+
+
+def quantized_nbytes(count: int, blocksize: int, double_quant: bool) -> int:
+    """Bytes of `count` elements in 4 bits: codes, scales, and the nested scales with their offset.
+
+    The code tables are constants and not counted.
+    """
+    blocks = -(-count // blocksize)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 if double_quant else 4 * blocks
+    return (count + 1) // 2 + scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +103,8 @@ class QuantState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight in 4 bits: codes, scales and the nested scales with their offset.
-
-        The code tables are constants and not counted.
-        """
-        total = (self.numel + 1) // 2 + self.absmax.nbytes
-        if self.nested_absmax is not None:
-            total += self.nested_absmax.nbytes + 4
-        return total
+        """Bytes of the weight in 4 bits, as `quantized_nbytes` counts them."""
+        return quantized_nbytes(self.numel, self.blocksize, self.double_quant)
 
     @property
     def bits_per_parameter(self) -> float:

@@ -1,0 +1,92 @@
+"""ExpertWeights4bit: the stacked 3-D weights of a mixture of experts, in 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fourbit.config import QuantConfig
+from fourbit.functional import grouped_linear_4bit
+from fourbit.nn.packed import PackedModule
+from fourbit.nn.view import WeightView
+from torch import Tensor
+
+
+class ExpertWeights4bit(PackedModule):
+    """Takes the place of a 3-D parameter `[experts, out, in]` (or `[experts, in, out]`) of a model.
+
+    The model's own code goes on working: `weights[e]` is a view of one expert's matrix, on which
+    `functional.linear` and `@` run without a 16-bit copy, and torch functions on the whole see the
+    dequantized tensor (all experts at once: an implementation that loops over experts needs far less memory).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        quant_type: str = "nf4",
+        blocksize: int | None = None,
+        double_quant: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"ExpertWeights4bit: want a shape [experts, out, in], got {list(shape)}")
+        self._setup(tuple(shape), quant_type, blocksize, double_quant, dtype, device)
+
+    @classmethod
+    def from_parameter(
+        cls, weight: Tensor, config: QuantConfig | None = None, name: str = "weight"
+    ) -> ExpertWeights4bit:
+        """Quantize a 3-D tensor; `name` is for the message of NonFiniteError."""
+        config = config or QuantConfig()
+        result = cls(
+            tuple(weight.shape),  # type: ignore[arg-type]
+            quant_type=config.quant_type,
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        if weight.device.type != "meta":
+            result.store(weight, name)
+        return result
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rows of x [T, in], sorted by expert, times each one's [out, in]; see `fourbit.grouped_linear_4bit`."""
+        packed, state = self.quant_state()
+        return grouped_linear_4bit(x, offsets, packed, state)
+
+    def __len__(self) -> int:
+        return self.weight_shape[0]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A view of one expert's weight for an integer (or a 0-d tensor); else a dequantized part."""
+        if isinstance(index, Tensor) and index.dim() == 0:
+            index = int(index)
+        if not isinstance(index, int):
+            return self.weight[index]
+        count = self.weight_shape[0]
+        if not -count <= index < count:
+            raise IndexError(f"expert {index} of {count}")
+        return WeightView(self, index % count)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Torch functions on the module act on its weight, so that it can stand where a parameter stood."""
+        from torch.utils._pytree import tree_map_only
+
+        args, kwargs = tree_map_only(cls, lambda module: module.weight, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Tensor, name):
+                raise
+            # shape, device, transpose, …: as of the parameter that it replaces
+            return getattr(self.weight, name)

@@ -1,0 +1,101 @@
+"""Linear4bit: a linear layer with a frozen 4-bit weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fourbit.config import QuantConfig, as_compute_dtype
+from fourbit.nn.packed import PackedModule
+from torch import Tensor, nn
+
+_linear_4bit = torch.ops.fourbit.linear_4bit.default
+
+
+class Linear4bit(PackedModule, nn.Linear):
+    """A drop-in replacement for nn.Linear whose weight is frozen and stored in 4 bits.
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.
+        quant_type, blocksize, double_quant: see QuantConfig.
+        compute_dtype: the input is cast to it and the result back; None follows the input's dtype.
+        dtype: logical dtype of `weight`, and of the bias (None: torch's default).
+        device: where to put it.
+
+    x [..., in_features] gives [..., out_features]. The gradient flows to x and the bias. A newly made one has
+    no weight yet and gives NaN: use `from_linear`, `store` or `load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int | None = None,
+        double_quant: bool = False,
+        compute_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = as_compute_dtype(compute_dtype)
+        self._setup((out_features, in_features), quant_type, blocksize, double_quant, dtype, device)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=self.qweight.device))
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, config: QuantConfig | None = None, name: str = "weight"
+    ) -> Linear4bit:
+        """Quantize an nn.Linear. Its bias is shared, not copied; `name` is for the message of NonFiniteError."""
+        config = config or QuantConfig()
+        weight = linear.weight
+        result = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            quant_type=config.quant_type,
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+            compute_dtype=config.compute_dtype,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        if weight.device.type != "meta":
+            result.store(weight, name)
+        result.bias = linear.bias
+        result.train(linear.training)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        dtype = x.dtype
+        compute = self.compute_dtype
+        if compute is not None and compute is not dtype:
+            x = x.to(compute)
+        bias = self._parameters["bias"]
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"Linear4bit: x has shape {list(x.shape)}, want [..., {self.in_features}]")
+        packed, absmax, code, *nested = self.packed_tensors()
+        y: Tensor = _linear_4bit(x, packed, absmax, code, self.blocksize, self.out_features, *nested, bias)
+        if compute is not None and y.dtype is not dtype:
+            y = y.to(dtype)
+        return y
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weight is frozen, and random bits are no initialization."""
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's, and the quantization."""
+        compute: Any = "input's" if self.compute_dtype is None else self.compute_dtype
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{super().extra_repr()}, compute_dtype={compute}"
+        )

@@ -1,0 +1,202 @@
+"""WeightView: what `module.weight` returns. An ordinary tensor to the reader, the packed weight underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fourbit import grouped
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from fourbit.nn.packed import PackedModule
+
+aten = torch.ops.aten
+
+
+class WeightView(Tensor):
+    """A throw-away stand-in for a packed weight, of its logical shape and dtype, without storage of its own.
+
+    - `functional.linear(x, view)`, `x @ view` and `functional.embedding(ids, view)` run on the packed
+      weight, differentiably and without a 16-bit copy of it.
+    - Any other operation that reads it sees the dequantized weight.
+    - In-place operations, `view[i] = x`, `view.data = x` and `copy_` requantize into the module's storage.
+
+    The result of an operation that would alias an ordinary tensor (`view.T`, `view[0]`) is a copy: writing
+    to *that* does not reach the module.
+    """
+
+    holder: PackedModule
+    expert: int | None
+
+    @staticmethod
+    def __new__(cls, holder: PackedModule, expert: int | None = None) -> WeightView:
+        shape = holder.weight_shape if expert is None else holder.weight_shape[1:]
+        view = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=holder.dtype, device=holder.qweight.device, requires_grad=False
+        )
+        view.holder = holder
+        view.expert = expert
+        return view
+
+    def __init__(self, holder: PackedModule, expert: int | None = None) -> None:
+        pass
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        part = "" if self.expert is None else f"[{self.expert}]"
+        return f"WeightView({list(self.shape)}, {self.dtype}, of {self.holder._get_name()}{part})"
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as an ordinary tensor."""
+        if self.expert is None:
+            return self.holder.dequantize(dtype)
+        op_arguments = self.holder.packed_tensors()
+        packed, absmax, code, *nested = op_arguments
+        row = torch.tensor([self.expert], device=packed.device)
+        count, size = self.holder.weight_shape[0], self.numel()
+        w = torch.ops.fourbit.embedding_4bit(
+            *(row, packed, absmax, code, self.holder.blocksize, count, size),
+            *(self.dtype if dtype is None else dtype, *nested),
+        )
+        return w.view(self.shape)
+
+    def write(self, w: Tensor) -> None:
+        """Requantize the module's storage from an ordinary tensor."""
+        if self.expert is None:
+            self.holder.store(w)
+            return
+        whole = self.holder.dequantize()
+        whole[self.expert] = w
+        self.holder.store(whole)
+
+    def _op_weight(self) -> tuple[Any, ...] | None:
+        """The leading op arguments (packed, absmax, code, blocksize) and the nested ones; None if not sliceable."""
+        packed, absmax, code, *nested = self.holder.packed_tensors()
+        weight = (packed, absmax, code, self.holder.blocksize)
+        if self.expert is None:
+            return (*weight, *nested)
+        return grouped.slice_expert((*weight, *nested), self.expert, self.numel())
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():  # results are ordinary tensors, not views
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten.detach.default, aten.alias.default):
+            return WeightView(args[0].holder, args[0].expert)
+        if func is aten._to_copy.default and kwargs.get("device") is None:
+            return args[0].read(kwargs.get("dtype"))
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        read: dict[int, Tensor] = {}
+
+        def plain(view: WeightView) -> Tensor:
+            return read.setdefault(id(view), view.read())
+
+        args, kwargs = tree_map_only(WeightView, plain, (args, kwargs))
+        result = func(*args, **kwargs)
+        for view in written:
+            view.write(read[id(view)])
+        # an in-place op returns its own argument
+        for view in written:
+            if result is read[id(view)]:
+                return view
+        return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[WeightView]:
+    """The views among the arguments that `func` writes to."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if isinstance(value, WeightView) and argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(value)
+    return found
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(weight, WeightView) or isinstance(x, WeightView) or isinstance(bias, WeightView):
+        return NotImplemented
+    op = weight._op_weight()
+    if op is None:
+        return functional.linear(x, weight.read(x.dtype), bias)
+    return torch.ops.fourbit.linear_4bit(x, *op[:4], weight.shape[0], *op[4:], bias)
+
+
+def _matmul(x: Any, weight: Any) -> Any:
+    if not isinstance(weight, WeightView) or isinstance(x, WeightView) or weight.dim() != 2:
+        return NotImplemented
+    op = weight._op_weight()
+    if op is None:
+        return torch.matmul(x, weight.read(x.dtype))
+    return torch.ops.fourbit.linear_4bit_grad(x, *op[:4], weight.shape[1], *op[4:])
+
+
+def _embedding(ids: Any, weight: Any, *rest: Any, **options: Any) -> Any:
+    max_norm = rest[1] if len(rest) > 1 else options.get("max_norm")
+    if (
+        not isinstance(weight, WeightView)
+        or weight.dim() != 2
+        or weight.expert is not None
+        or max_norm is not None
+    ):
+        return NotImplemented
+    packed, absmax, code, *nested = weight.holder.packed_tensors()
+    return torch.ops.fourbit.embedding_4bit(
+        ids, packed, absmax, code, weight.holder.blocksize, *weight.shape, weight.dtype, *nested
+    )
+
+
+def _get_data(view: WeightView) -> Tensor:
+    return view.read()
+
+
+def _set_data(view: Any, value: Any) -> Any:
+    if not isinstance(view, WeightView):
+        return NotImplemented
+    if isinstance(value, WeightView):
+        value = value.read()
+    if value.dtype != view.dtype:  # as an ordinary tensor would take the new one's dtype
+        view.holder._set_dtype(value.dtype)
+    view.write(value)
+    return None
+
+
+def _set_item(view: Any, index: Any, value: Any) -> Any:
+    if not isinstance(view, WeightView):
+        return NotImplemented
+    whole = view.read()
+    whole[index] = value
+    view.write(whole)
+    return None
+
+
+def _deepcopy(view: WeightView, memo: Any) -> Tensor:
+    return view.read()
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    functional.linear: _linear,
+    functional.embedding: _embedding,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__setitem__: _set_item,
+    Tensor.__deepcopy__: _deepcopy,
+    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}
