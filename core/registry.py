@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from fourbit.backend import API_VERSION, OPS, SUPPORTED, Backend, OpQuery, Support
 
 if TYPE_CHECKING:
@@ -79,8 +78,10 @@ Key = tuple[torch.device, torch.dtype, int, bool]
 
 _lock = threading.RLock()
 _loaded = False
+_loading = False
 _backends: dict[str, Backend] = {}
 _infos: dict[str, BackendInfo] = {}
+_warnings: dict[str, bool] = {}  # message to whether it has been given
 _forced: list[str] = []
 _resolutions: dict[OpQuery, Resolution] = {}
 _tables: dict[str, dict[Key, Callable[..., Any]]] = {op: {} for op in OPS}
@@ -96,15 +97,20 @@ def table(op: str) -> dict[Key, Callable[..., Any]]:
 
 def load_plugins() -> None:
     """Import the plugins of the entry-point group and run their hooks; does nothing the second time."""
-    global _loaded
+    global _loaded, _loading
     if _loaded:
         return
     with _lock:
-        if _loaded:
+        if _loaded or _loading:  # a plugin may call back into fourbit while it loads
             return
-        _loaded = True  # first, since a plugin may call back into fourbit while it loads
-        for entry_point in _entry_points():
-            _load_plugin(entry_point)
+        _loading = True
+        try:
+            for entry_point in _entry_points():
+                _load_plugin(entry_point)
+        finally:
+            _loading, _loaded = False, True
+    # last, since a filter may turn a warning into an exception, which must not cost the plugins after it
+    _flush_warnings()
 
 
 def _entry_points() -> list[EntryPoint]:
@@ -142,7 +148,6 @@ def _source(ep: EntryPoint) -> str:
 def _load_plugin(ep: EntryPoint) -> None:
     """Import one plugin and call its hooks by itself, so that what it breaks stays its own."""
     import pluggy
-
     from fourbit import codebooks, hookspecs
 
     source = _source(ep)
@@ -230,7 +235,16 @@ def _remember(info: BackendInfo) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, BackendWarning, stacklevel=2)
+    """Give a BackendWarning, once in a process; while plugins load, after the last of them."""
+    _warnings.setdefault(message, False)
+    if not _loading:
+        _flush_warnings()
+
+
+def _flush_warnings() -> None:
+    for message in [message for message, given in _warnings.items() if not given]:
+        _warnings[message] = True
+        warnings.warn(message, BackendWarning, stacklevel=3)
 
 
 def backends() -> list[BackendInfo]:
@@ -285,7 +299,7 @@ def _resolve(query: OpQuery) -> Resolution:
         if forced is not None and backend.name != forced:
             rejected.append((backend.name, f"use_backend({forced!r}) is in force"))
             continue
-        answer = _ask(backend, query)
+        answer = ask(backend, query)
         if answer:
             return Resolution(query, backend, tuple(rejected))
         rejected.append((backend.name, answer.reason or "it does not support this"))
@@ -293,7 +307,8 @@ def _resolve(query: OpQuery) -> Resolution:
     raise NoBackendError(f"no backend runs {format_query(query)}.{reasons}\n{_listing()}")
 
 
-def _ask(backend: Backend, query: OpQuery) -> Support:
+def ask(backend: Backend, query: OpQuery) -> Support:
+    """Whether `backend` can run `query`, by its device types, its methods and its `supports`; never raises."""
     if "*" not in backend.device_types and query.device.type not in backend.device_types:
         return Support.no(f"serves {', '.join(backend.device_types)}, not {query.device.type}")
     if query.op in ("quantize_4bit", "dequantize_4bit") and getattr(type(backend), query.op) is getattr(
@@ -305,11 +320,14 @@ def _ask(backend: Backend, query: OpQuery) -> Support:
     except Exception as error:
         _warn(f"backend {backend.name!r}: supports() raised {type(error).__name__}: {error}; taken as a no")
         return Support.no(f"its supports() raised {type(error).__name__}: {error}")
+    if not isinstance(answer, Support):
+        return Support.no(f"its supports() returned {answer!r}, not a Support")
     if not answer or not _is_composed(backend, query.op):
         return answer
     # an inherited composition needs the op that it is composed of
-    needed = replace(query, op="dequantize_4bit")
-    below = backend.supports(needed) if query.op in _COMPOSED_OF_DEQUANTIZE else SUPPORTED
+    below = SUPPORTED
+    if query.op in _COMPOSED_OF_DEQUANTIZE:
+        below = ask(backend, replace(query, op="dequantize_4bit"))
     return below if below else Support.no(f"composed of dequantize_4bit, which it does not support: {below.reason}")
 
 
@@ -348,7 +366,7 @@ def default_blocksize(device: torch.device) -> int:
         if _forced and backend.name != _forced[-1]:
             continue
         size = backend.default_blocksize(device)
-        if _ask(backend, OpQuery("quantize_4bit", device, torch.float32, size)):
+        if ask(backend, OpQuery("quantize_4bit", device, torch.float32, size)):
             return size
     raise NoBackendError(f"no backend quantizes on {device}.\n{_listing()}")
 
