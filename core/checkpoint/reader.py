@@ -24,27 +24,30 @@ from fourbit.state import MAX_META_BYTES, QuantState
 META_MARK = ".quant_state.bitsandbytes__"
 """What the key of a quantization state has between the weight's name and the quant_type."""
 
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+"""What safetensors calls each dtype in a header."""
+
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,7 @@ class Checkpoint:
         self.files, self._weight_map = layout.find_files(self.path)
         self._open: dict[Path, Any] = {}
         self.metadata: dict[str, str] = {}
-        self.entries: dict[str, TensorInfo] = {
-            info.name: info for file in self.files for info in self._scan(file)
-        }
+        self.entries: dict[str, TensorInfo] = {info.name: info for file in self.files for info in self._scan(file)}
         missing = next((n for n in self._weight_map or () if n not in self.entries), None)
         if missing is not None:
             assert self._weight_map is not None
@@ -109,8 +110,8 @@ class Checkpoint:
             if self._weight_map is not None and self._weight_map.get(name, file.name) != file.name:
                 continue
             view = handle.get_slice(name)
-            dtype = getattr(torch, _DTYPES.get(view.get_dtype(), ""), None)
-            if not isinstance(dtype, torch.dtype):
+            dtype = DTYPES.get(view.get_dtype())
+            if dtype is None:
                 raise CheckpointError(f"{file}: tensor {name!r} has the unsupported type {view.get_dtype()}")
             shape = tuple(view.get_shape())
             yield TensorInfo(name, dtype, shape, file, prod(shape) * dtype.itemsize)
@@ -162,9 +163,7 @@ class Checkpoint:
                 parts[stem].append(name)
         for name in weights:
             if name not in self.entries:
-                raise CheckpointError(
-                    f"{self.path}: {parts[name][0]!r} is there and the weight {name!r} is not"
-                )
+                raise CheckpointError(f"{self.path}: {parts[name][0]!r} is there and the weight {name!r} is not")
         return {name: tuple(keys) for name, keys in parts.items()}
 
     def quantized(self) -> Mapping[str, tuple[str, ...]]:
@@ -215,9 +214,7 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     def __repr__(self) -> str:

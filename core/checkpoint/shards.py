@@ -1,0 +1,146 @@
+"""How the output is laid out: which tensor goes into which file, and at which byte.
+
+All of it follows from the plan, before a single weight is read: the header of a file can be written first
+and the tensors after it one at a time, and the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fourbit import codebooks
+from fourbit.checkpoint.reader import DTYPE_NAMES, META_MARK, TensorInfo
+from fourbit.double_quant import NESTED_BLOCKSIZE
+from fourbit.state import QuantState
+
+ALIGN = 8
+"""Every tensor starts at a multiple of its item size; headers and 4-bit weights end at multiples of 8."""
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Size at which the next file is begun, as in transformers."""
+
+_OFFSET_CHARS = 24
+"""The longest that a float32 gets in JSON, "-1.1754943508222875e-38", and one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of an output file: its name, dtype and shape as stored, and its bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one source tensor becomes: itself, or a packed weight with the parts of its state."""
+
+    source: str
+    quantize: bool
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its header (with the length in front) and its items in the order of the data."""
+
+    file: str
+    header: bytes
+    items: tuple[Item, ...]
+
+
+def plain_item(info: TensorInfo) -> Item:
+    """A tensor that is copied as it is."""
+    return Item(info.name, False, (Part(info.name, info.dtype, info.shape, info.nbytes),))
+
+
+def quantized_item(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, quant_type: str, blocksize: int, double_quant: bool
+) -> Item:
+    """A weight in the bitsandbytes layout, wide parts first and the JSON last, padded with spaces.
+
+    The padding is for the offset of double quantization, which is not known yet, and makes the end a
+    multiple of 8, so that whatever follows is aligned. JSON readers skip it.
+    """
+    state = _shapes_only(torch.Size(shape), dtype, quant_type, blocksize, double_quant)
+    packed = (state.numel + 1) // 2
+    wide, narrow = [], []
+    json_key, json_bytes = "", 0
+    for key, tensor in state.to_state_dict(name + ".").items():
+        if META_MARK in key:
+            json_key, json_bytes = key, tensor.numel() + _OFFSET_CHARS
+        else:
+            part = Part(key, tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+            (wide if tensor.dtype.itemsize > 1 else narrow).append(part)
+    parts = [*wide, *narrow, Part(name, torch.uint8, (packed, 1), packed)]
+    json_bytes += -(sum(part.nbytes for part in parts) + json_bytes) % ALIGN
+    return Item(name, True, (*parts, Part(json_key, torch.uint8, (json_bytes,), json_bytes)))
+
+
+def _shapes_only(
+    shape: torch.Size, dtype: torch.dtype, quant_type: str, blocksize: int, double_quant: bool
+) -> QuantState:
+    """A state with the right shapes and no numbers; its scales are one element, expanded."""
+    codebook = codebooks.get(quant_type)
+    blocks = -(-shape.numel() // blocksize)
+    nested: dict[str, torch.Tensor] = {}
+    if double_quant:
+        nested = {
+            "nested_absmax": torch.zeros(-(-blocks // NESTED_BLOCKSIZE)),
+            "nested_code": codebooks.dynamic_map(),
+            "nested_offset": torch.zeros(()),
+        }
+    absmax = torch.zeros(1, dtype=torch.uint8 if double_quant else torch.float32).expand(blocks)
+    return QuantState(absmax, shape, codebook.tensor(), blocksize, codebook.name, dtype, **nested)
+
+
+def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes: int) -> list[Shard]:
+    """Divide items, in their order, among files of at most `max_shard_bytes` (more only for one larger item)."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.nbytes
+    if len(groups) == 1:
+        return [_shard("model.safetensors", groups[0], metadata)]
+    count = len(groups)
+    return [_shard(f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata) for i, group in enumerate(groups, 1)]
+
+
+def _shard(file: str, items: list[Item], metadata: Mapping[str, str]) -> Shard:
+    # 4-bit weights end at multiples of 8, and of the rest the wide types come first: all are aligned then
+    ordered = sorted(items, key=lambda item: 0 if item.quantize else 16 - item.parts[0].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for part in (part for item in ordered for part in item.parts):
+        end = offset + part.nbytes
+        header[part.name] = {
+            "dtype": DTYPE_NAMES[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGN)
+    return Shard(file, len(text).to_bytes(8, "little") + text, tuple(ordered))
+
+
+def index(shards: Iterable[Shard]) -> dict[str, object]:
+    """The content of model.safetensors.index.json."""
+    weight_map = {part.name: shard.file for shard in shards for item in shard.items for part in item.parts}
+    total = sum(item.nbytes for shard in shards for item in shard.items)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
