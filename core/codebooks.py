@@ -112,7 +112,7 @@ def get(quant_type: str) -> Codebook:
         found = _codebooks.get(quant_type)
     if found is None:
         raise ValueError(
-            f"unknown quant_type {quant_type!r}: known are {', '.join(sorted(_codebooks))}"
+            f"unknown quant_type {quant_type!r:.80}: known are {', '.join(sorted(_codebooks))}"
             " (a plugin adds one with the hook fourbit_register_codebooks)"
         )
     return found

@@ -175,7 +175,10 @@ class QuantState:
             raise KeyError(f"want exactly one key {prefix}{_META_PREFIX}<quant_type>, found {found}")
         meta_key = meta_keys[0]
         meta = _parse_meta(prefix + meta_key, entries[meta_key])
-        codebook = codebooks.get(meta["quant_type"])
+        try:
+            codebook = codebooks.get(meta["quant_type"])
+        except ValueError as error:
+            raise ValueError(f"{prefix}{meta_key}: {error}") from None
         if codebook.name != meta_key.removeprefix(_META_PREFIX):
             raise ValueError(f"{prefix}{meta_key}: its JSON says quant_type {codebook.name!r}")
         nested = "nested_offset" in meta
