@@ -1,0 +1,17 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import settings
+
+# No deadline: a shared machine's hiccup is no bug. What an example found stays in .hypothesis/.
+settings.register_profile("fourbit", deadline=None)
+settings.load_profile("fourbit")
+
+# Each xdist worker takes its share of the cores; more threads than cores makes torch several times slower.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    torch.set_num_threads(max((os.cpu_count() or 1) // _workers, 1))
