@@ -21,9 +21,7 @@ def blocksize(op: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{op}: blocksize must be an int, got {type(value).__name__}")
     if not MIN_BLOCKSIZE <= value <= MAX_BLOCKSIZE or value & (value - 1):
-        raise ValueError(
-            f"{op}: blocksize must be a power of two from {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}, got {value}"
-        )
+        raise ValueError(f"{op}: blocksize must be a power of two from {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}, got {value}")
 
 
 def source(op: str, name: str, tensor: Tensor) -> None:
@@ -61,7 +59,7 @@ def code(op: str, table: Tensor, size: int, device: torch.device) -> None:
     if table.dtype != torch.float32 or table.numel() != size or table.dim() != 1:
         raise ValueError(f"{op}: code must be float32 [{size}], got {table.dtype} {list(table.shape)}")
     if table.device != device:
-        _wrong_device(op, "code", table, device)
+        wrong_device(op, "code", table, device)
 
 
 def bias(op: str, value: Tensor, out_features: int, x: Tensor) -> None:
@@ -71,7 +69,7 @@ def bias(op: str, value: Tensor, out_features: int, x: Tensor) -> None:
     if value.dtype != x.dtype:
         raise TypeError(f"{op}: bias is {value.dtype} and x is {x.dtype}; want the same")
     if value.device != x.device:
-        _wrong_device(op, "bias", value, x.device)
+        wrong_device(op, "bias", value, x.device)
 
 
 def group_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
@@ -81,7 +79,7 @@ def group_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
     if offsets.dim() != 1 or offsets.numel() == 0:
         raise ValueError(f"{op}: offsets must be 1-D with one entry an expert, got shape {list(offsets.shape)}")
     if offsets.device != x.device:
-        _wrong_device(op, "offsets", offsets, x.device)
+        wrong_device(op, "offsets", offsets, x.device)
     if offsets.device.type == "cpu":
         steps = offsets.diff(prepend=offsets.new_zeros(1))
         if int(offsets[-1]) > x.shape[0] or bool((steps < 0).any()):
@@ -102,7 +100,7 @@ def weight(
     if packed.numel() != (count + 1) // 2 or packed.dtype is not torch.uint8:
         _wrong_packed(op, packed, count)
     if packed.device != device:
-        _wrong_device(op, "packed", packed, device)
+        wrong_device(op, "packed", packed, device)
     scales(op, absmax, table, size, count, nested, device)
     return (
         packed if packed.is_contiguous() else packed.contiguous(),
@@ -111,9 +109,7 @@ def weight(
     )
 
 
-def scales(
-    op: str, absmax: Tensor, table: Tensor, size: int, count: int, nested: Nested, device: torch.device
-) -> None:
+def scales(op: str, absmax: Tensor, table: Tensor, size: int, count: int, nested: Nested, device: torch.device) -> None:
     """The scales and the codebook of a weight of `count` elements on `device` with blocksize `size`."""
     if size & (size - 1) or not MIN_BLOCKSIZE <= size <= MAX_BLOCKSIZE:
         blocksize(op, size)
@@ -121,7 +117,7 @@ def scales(
     if absmax.numel() != blocks or absmax.dtype is not (torch.float32 if nested[0] is None else torch.uint8):
         _wrong_absmax(op, absmax, blocks, nested[0] is not None, count, size)
     if absmax.device != device:
-        _wrong_device(op, "absmax", absmax, device)
+        wrong_device(op, "absmax", absmax, device)
     if table.numel() != 16 or table.dtype is not torch.float32 or table.device != device:
         code(op, table, 16, device)
     if nested[0] is not None:
@@ -139,7 +135,7 @@ def blockwise(op: str, codes: Tensor, absmax: Tensor, table: Tensor, size: int) 
     if absmax.dtype != torch.float32 or absmax.numel() != blocks:
         _wrong_absmax(op, absmax, blocks, False, codes.numel(), size)
     if absmax.device != codes.device:
-        _wrong_device(op, "absmax", absmax, codes.device)
+        wrong_device(op, "absmax", absmax, codes.device)
     code(op, table, 256, codes.device)
 
 
@@ -159,7 +155,7 @@ def _check_nested(op: str, nested: Nested, blocks: int, device: torch.device) ->
                 f"{op}: {name} must be float32 with {size} elements, got {tensor.dtype} {list(tensor.shape)}"
             )
         if tensor.device != device:
-            _wrong_device(op, name, tensor, device)
+            wrong_device(op, name, tensor, device)
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous")
 
@@ -179,5 +175,6 @@ def _wrong_absmax(op: str, absmax: Tensor, blocks: int, nested: bool, count: int
     )
 
 
-def _wrong_device(op: str, name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+def wrong_device(op: str, name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+    """Raise the ValueError for `tensor`, which is not on `device` as the other arguments are."""
     raise ValueError(f"{op}: {name} is on {tensor.device} and the rest is on {device}; move one of them")

@@ -7,13 +7,14 @@ call the method that the dispatch table holds; hooks are never called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fourbit import checks, double_quant
 from fourbit.registry import miss, table
-from torch import Tensor
 
 Optional = Tensor | None
 
@@ -379,5 +380,24 @@ _FAKES = {
     "dequantize_blockwise": _fake_dequantize_blockwise,
     "double_quantize": _fake_double_quantize,
 }
+
+
+def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, after a check that no tensor lies elsewhere: a call with one on the meta device comes here too."""
+    names = [argument.name for argument in getattr(torch.ops.fourbit, op).default._schema.arguments]
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        tensors = [(name, t) for name, t in (*zip(names, args, strict=False), *kwargs.items()) if isinstance(t, Tensor)]
+        for name, tensor in tensors:
+            if tensor.device != tensors[0][1].device:
+                # named is the one on meta, since it came by mistake where the rest is real
+                other = next((pair for pair in tensors if pair[1].is_meta), (name, tensor))
+                rest = next(t for _, t in tensors if t.device != other[1].device)
+                checks.wrong_device(op, *other, rest.device)
+        return fake(*args, **kwargs)
+
+    return checked
+
+
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"fourbit::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"fourbit::{_name}", _on_one_device(_name, _fake), lib=_library)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from fourbit.backend import API_VERSION, OPS, SUPPORTED, Backend, OpQuery, Support
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def _source(ep: EntryPoint) -> str:
 def _load_plugin(ep: EntryPoint) -> None:
     """Import one plugin and call its hooks by itself, so that what it breaks stays its own."""
     import pluggy
+
     from fourbit import codebooks, hookspecs
 
     source = _source(ep)

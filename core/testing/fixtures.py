@@ -67,9 +67,7 @@ def device(request: pytest.FixtureRequest, backend: Backend) -> torch.device:
 def need(backend: Backend, device: torch.device) -> Need:
     """`need(op, dtype, blocksize, double_quant)`: skip, with the backend's reason, unless it supports that."""
 
-    def ask(
-        op: str, dtype: torch.dtype = torch.float32, blocksize: int = 64, double_quant: bool = False
-    ) -> None:
+    def ask(op: str, dtype: torch.dtype = torch.float32, blocksize: int = 64, double_quant: bool = False) -> None:
         query = OpQuery(op, device, dtype, blocksize, double_quant)
         with warnings.catch_warnings():
             warnings.simplefilter("error", registry.BackendWarning)  # supports() raised: that is no answer

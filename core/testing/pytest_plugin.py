@@ -65,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
     fixtures = importlib.import_module(FIXTURES)
     fixtures.check_options(config)
     config.pluginmanager.register(fixtures, FIXTURES)
+    # torch's own, when it compiles; a session that turns warnings into errors means its own code
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
     if "s" not in config.option.reportchars:
         config.option.reportchars += "s"  # what a backend declines is never hidden
 

@@ -63,7 +63,9 @@ def test_every_scale_of_16_bits(need, device, dtype):
 
 
 @pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
-@pytest.mark.parametrize("shape", ((1,), (1, 1), (3,), (65,), (7, 11), (1, 129), (129, 1), (3, 5, 67), (50, 80)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((1,), (1, 1), (3,), (65,), (7, 11), (1, 129), (129, 1), (3, 5, 67), (50, 80)), ids=str
+)
 def test_ragged_shapes(need, device, shape, double_quant):
     """Odd counts; rows that are no multiple of the blocksize, where blocks run across rows."""
     for dtype in DTYPES:

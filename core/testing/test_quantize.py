@@ -58,7 +58,9 @@ def test_every_half_precision_value(need, device, dtype, codebook):
     check(inputs.half_precision_extremes(dtype), device, codebook)
 
 
-@pytest.mark.parametrize("shape", ((1,), (1, 1), (2,), (3,), (63,), (65,), (7, 11), (1, 129), (129, 1), (3, 5, 67)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((1,), (1, 1), (2,), (3,), (63,), (65,), (7, 11), (1, 129), (129, 1), (3, 5, 67)), ids=str
+)
 @pytest.mark.parametrize("codebook", ("nf4", "unordered", "signed"))
 def test_ragged_shapes(need, device, shape, codebook):
     """Odd counts, padded with the code of zero, and short last blocks."""
