@@ -25,6 +25,14 @@ Weight = tuple[Tensor, Tensor, Tensor, int]
 Nested = tuple[Tensor | None, ...]
 
 
+def _no_views() -> Any:
+    """Inside, a backend's reshapes are not recorded as views: a result that is one could not be added to in place."""
+    return torch._C._ExcludeDispatchKeyGuard(_view_keys)
+
+
+_view_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
 class _Product(torch.autograd.Function):
     """x times the transposed weight; differentiable any number of times, since its gradient is `_Transposed`."""
 
@@ -33,8 +41,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, offsets: Tensor | None, weight: Weight, width: int, nested: Nested
     ) -> Tensor:
         _save(ctx, x, offsets, weight, nested)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        with _below_autograd():
+        with _below_autograd(), _no_views():
             if offsets is not None:
                 return _grouped(x, offsets, *weight, width, *nested)
             return _linear(x, *weight, width, *nested, bias)
@@ -54,11 +61,9 @@ class _Transposed(torch.autograd.Function):
     """grad times the weight; its own gradient is `_Product`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, grad: Tensor, offsets: Tensor | None, weight: Weight, width: int, nested: Nested
-    ) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, offsets: Tensor | None, weight: Weight, width: int, nested: Nested) -> Tensor:
         _save(ctx, grad, offsets, weight, nested)
-        with _below_autograd():
+        with _below_autograd(), _no_views():
             if offsets is not None:
                 return _grouped_grad(grad, offsets, *weight, width, *nested)
             return _linear_grad(grad, *weight, width, *nested)

@@ -230,6 +230,7 @@ class _Found:
     nbytes: int
     note: str = ""  # a reason to skip that the walk itself knows
     deliberate: bool = True
+    owner: str = "this"  # class of the module, where there is one
 
 
 def _planned(found: _Found, config: QuantConfig, blocksize: int) -> PlannedTensor:
@@ -271,7 +272,7 @@ def _decide(found: _Found, config: QuantConfig) -> tuple[str, str, bool]:
         return "quantize", "stacked expert weights", True
     if found.kind == "convolution":
         return "skip", "convolution", False
-    return "skip", "not the weight of a linear layer", False
+    return "skip", f"{found.owner} is not a linear layer that fourbit knows", False
 
 
 def _is_experts(name: str, shape: tuple[int, ...]) -> bool:
@@ -288,7 +289,7 @@ def _of_model(model: nn.Module, config: QuantConfig) -> Iterator[_Found]:
             if tensor is None:
                 continue
             name = f"{module_name}.{leaf}" if module_name else leaf
-            shape, nbytes, note, deliberate = tuple(tensor.shape), tensor.nbytes, "", True
+            shape, nbytes, note = tuple(tensor.shape), tensor.nbytes, ""
             kind = _kind(module, leaf, name, shape)
             if id(tensor) in seen:
                 nbytes, note = 0, f"tied to {seen[id(tensor)]}"
@@ -298,16 +299,9 @@ def _of_model(model: nn.Module, config: QuantConfig) -> Iterator[_Found]:
                 note = f"quantized already, by {type(module).__module__.split('.')[0]}"
             elif module is tied:
                 note = "output head"
-            elif kind == "other" and len(shape) > 1 and type(module).__name__ not in ("", "Module"):
-                # the router of a mixture of experts is a bare parameter in transformers: leave it to the rules
-                last = module_name.rsplit(".", 1)[-1]
-                if last not in ROUTERS and config.skips(module_name) is None and config.skips(name) is None:
-                    note, deliberate = (
-                        f"{type(module).__name__} is not a linear layer that fourbit knows",
-                        False,
-                    )
             seen.setdefault(id(tensor), name)
-            yield _Found(name, module_name, leaf, shape, tensor.dtype, kind, nbytes, note, deliberate)
+            owner = type(module).__name__
+            yield _Found(name, module_name, leaf, shape, tensor.dtype, kind, nbytes, note, owner=owner)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -341,13 +335,13 @@ def _of_folder(folder: Path, config: QuantConfig) -> Iterator[_Found]:
     from fourbit.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint(folder)
-    packed = checkpoint.quantized()
+    packed = set(checkpoint.quantized()) | checkpoint.companions()
     model_type = checkpoint.config.get("model_type")
     for name, info in checkpoint.entries.items():
         module, _, leaf = name.rpartition(".")
         shape = tuple(info.shape)
         note, deliberate = "", True
-        if any(name == p or name.startswith(f"{p}.") for p in packed):
+        if name in packed:
             note = "4-bit already"
         elif model_type in TRANSPOSED_MODELS and leaf == "weight" and len(shape) == 2:
             if _kind_by_name(name, module, leaf, shape) == "linear":

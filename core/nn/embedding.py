@@ -58,9 +58,7 @@ class Embedding4bit(PackedModule, nn.Embedding):
         Raises ValueError if it has a max_norm, which rewrites the table during lookups.
         """
         if embedding.max_norm is not None:
-            raise ValueError(
-                "an embedding with max_norm rewrites its table on every lookup: it cannot be frozen"
-            )
+            raise ValueError("an embedding with max_norm rewrites its table on every lookup: it cannot be frozen")
         config = config or QuantConfig()
         result = cls(
             embedding.num_embeddings,

@@ -49,9 +49,7 @@ class Linear4bit(PackedModule, nn.Linear):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=self.qweight.device))
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, config: QuantConfig | None = None, name: str = "weight"
-    ) -> Linear4bit:
+    def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None, name: str = "weight") -> Linear4bit:
         """Quantize an nn.Linear. Its bias is shared, not copied; `name` is for the message of NonFiniteError."""
         config = config or QuantConfig()
         weight = linear.weight

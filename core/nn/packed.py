@@ -61,9 +61,7 @@ class PackedModule(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         op = type(self).__name__
         checks.compute_dtype(op, dtype)
-        where = (
-            torch.device("cpu" if device is None else device) if device is not None else torch.empty(0).device
-        )
+        where = torch.device("cpu" if device is None else device) if device is not None else torch.empty(0).device
         if blocksize is None:
             blocksize = registry.default_blocksize(where if where.type != "meta" else torch.device("cpu"))
         checks.blocksize(op, blocksize)
@@ -94,9 +92,7 @@ class PackedModule(nn.Module):
         *lead, last = self.weight_shape
         count = prod(self.weight_shape)
         packed = (*lead, last // 2) if last % 2 == 0 else ((count + 1) // 2,)
-        scales = (
-            (*lead, last // self.blocksize) if last % self.blocksize == 0 else (-(-count // self.blocksize),)
-        )
+        scales = (*lead, last // self.blocksize) if last % self.blocksize == 0 else (-(-count // self.blocksize),)
         return packed, scales
 
     # ---- reading and writing the weight ------------------------------------------------------------
@@ -160,9 +156,7 @@ class PackedModule(nn.Module):
                 f" the packed weight is {_words(its)}"
             )
         if packed.dtype != torch.uint8 or packed.numel() != self.qweight.numel():
-            raise ValueError(
-                f"packed: want uint8 with {self.qweight.numel()} bytes, got {packed.dtype} {packed.shape}"
-            )
+            raise ValueError(f"packed: want uint8 with {self.qweight.numel()} bytes, got {packed.dtype} {packed.shape}")
         self.qweight.copy_(packed.view(self.qweight.shape))
         absmax = state.absmax if state.double_quant else _bits(state.absmax)
         self.scales.copy_(absmax.view(self.scales.shape))
@@ -223,9 +217,7 @@ class PackedModule(nn.Module):
         found = [name for name in mine if prefix + name in state_dict]
         errors = []
         if found and len(found) < len(mine):
-            errors = [
-                f"{prefix}{name} is missing beside {prefix}{found[0]}" for name in mine if name not in found
-            ]
+            errors = [f"{prefix}{name} is missing beside {prefix}{found[0]}" for name in mine if name not in found]
         elif found:
             errors = [e for name in mine if (e := self._entry_error(name, state_dict[prefix + name], prefix))]
         if errors:
@@ -241,9 +233,7 @@ class PackedModule(nn.Module):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             return f"{prefix}{name}: want {want.dtype}, got {got} (is the double quantization another?)"
         if value.shape != want.shape:
-            return (
-                f"{prefix}{name}: want shape {list(want.shape)}, got {list(value.shape)} (another blocksize?)"
-            )
+            return f"{prefix}{name}: want shape {list(want.shape)}, got {list(value.shape)} (another blocksize?)"
         if name == "codebook" and value.device.type != "meta":
             table = _bits(codebooks.get(self.quant_type).tensor())
             if not torch.equal(value.cpu(), table):

@@ -61,10 +61,10 @@ def apply_plan(model: nn.Module, steps: QuantPlan) -> None:
             weight = owner._parameters.pop(leaf)
             assert weight is not None
             owner.register_module(leaf, ExpertWeights4bit.from_parameter(weight, steps.config, step.name))
-            _loop_over_experts(owner)
+            loop_over_experts(owner)
 
 
-def _loop_over_experts(owner: nn.Module) -> None:
+def loop_over_experts(owner: nn.Module) -> None:
     """Have transformers' expert modules loop over the experts: other ways need all of them in 16 bit at once."""
     model_config = getattr(owner, "config", None)
     if getattr(model_config, "_experts_implementation", None) is not None:

@@ -33,7 +33,7 @@ class WeightView(Tensor):
     expert: int | None
 
     @staticmethod
-    def __new__(cls, holder: PackedModule, expert: int | None = None) -> WeightView:
+    def __new__(cls: type[WeightView], holder: PackedModule, expert: int | None = None) -> WeightView:
         shape = holder.weight_shape if expert is None else holder.weight_shape[1:]
         view = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=holder.dtype, device=holder.qweight.device, requires_grad=False
@@ -148,12 +148,7 @@ def _matmul(x: Any, weight: Any) -> Any:
 
 def _embedding(ids: Any, weight: Any, *rest: Any, **options: Any) -> Any:
     max_norm = rest[1] if len(rest) > 1 else options.get("max_norm")
-    if (
-        not isinstance(weight, WeightView)
-        or weight.dim() != 2
-        or weight.expert is not None
-        or max_norm is not None
-    ):
+    if not isinstance(weight, WeightView) or weight.dim() != 2 or weight.expert is not None or max_norm is not None:
         return NotImplemented
     packed, absmax, code, *nested = weight.holder.packed_tensors()
     return torch.ops.fourbit.embedding_4bit(

@@ -1,0 +1,159 @@
+"""Loading a folder in the bitsandbytes 4-bit layout (ours or bitsandbytes' own) into a transformers model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourbit.checkpoint.reader import Checkpoint
+from fourbit.config import as_compute_dtype
+from fourbit.nn import Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
+from fourbit.nn.quantize import loop_over_experts
+from fourbit.state import QuantState
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | str | None = None,
+) -> Any:
+    """A transformers model from a folder with 4-bit (or plain) safetensors; in eval mode, on `device`.
+
+    The model's class is the one that config.json names. Layers whose weights are 4-bit in the folder become
+    fourbit modules, and no 16-bit copy of them is ever made. `compute_dtype` None follows the input's dtype.
+
+    Raises CheckpointError or ValueError, naming the tensor, if folder and model do not fit, and ImportError
+    if transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("loading a model needs transformers: pip install 'fourbit[transformers]'") from error
+    compute_dtype = as_compute_dtype(compute_dtype)
+    folder = Path(folder)
+    checkpoint = Checkpoint(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would ask for bitsandbytes
+    model = _empty_model(transformers, config)
+    packed_names, companions = checkpoint.quantized(), checkpoint.companions()
+    for name in packed_names:
+        packed, state = checkpoint.read_4bit(name)
+        _put_packed(model, name, packed, state, torch.device(device), compute_dtype)
+    for name in checkpoint.entries:
+        if name not in packed_names and name not in companions:
+            _put_plain(model, name, checkpoint.read(name).to(device))
+    model.tie_weights()
+    missing = [name for name, tensor in model.named_parameters() if tensor.device.type == "meta"]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder} lacks {missing[0]!r}{more}, which {type(model).__name__} has")
+    model.to(device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _empty_model(transformers: Any, config: Any) -> Any:
+    """The model with its parameters on the meta device and its buffers real."""
+    names = getattr(config, "architectures", None) or []
+    cls = next((found for n in names if (found := getattr(transformers, n, None)) is not None), None)
+    if cls is None:
+        raise ValueError(f"config.json names no architecture that transformers has: {names}")
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _meta_parameters(), transformers.initialization.no_init_weights():
+            return cls(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Parameters that are registered inside go to the meta device at once: no more than one is ever held."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _put_packed(
+    model: nn.Module,
+    name: str,
+    packed: Tensor,
+    state: QuantState,
+    device: torch.device,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """Put a 4-bit module in the place of the one that owns `name`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = _owner(model, owner_name, name)
+    options: dict[str, Any] = {
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "double_quant": state.double_quant,
+        "dtype": state.dtype,
+        "device": device,
+    }
+    new: PackedModule
+    if isinstance(owner, nn.Linear):
+        new = Linear4bit(owner.in_features, owner.out_features, bias=False, compute_dtype=compute_dtype, **options)
+        new.bias = owner.bias
+    elif isinstance(owner, nn.Embedding):
+        new = Embedding4bit(owner.num_embeddings, owner.embedding_dim, owner.padding_idx, **options)
+    elif len(state.shape) == 3 and leaf in owner._parameters:
+        new = ExpertWeights4bit(tuple(state.shape), **options)  # type: ignore[arg-type]
+        if owner._parameters[leaf].shape != state.shape:  # type: ignore[union-attr]
+            raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {owner._parameters[leaf].shape}")  # type: ignore[union-attr]
+        del owner._parameters[leaf]
+        owner_name = name
+        loop_over_experts(owner)
+    else:
+        raise ValueError(f"{name} is 4-bit, and the model's {type(owner).__name__} can't hold it")
+    if new.weight_shape != state.shape:
+        raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
+    new.load_packed(packed, state)
+    parent_name, _, attribute = owner_name.rpartition(".")
+    setattr(model.get_submodule(parent_name), attribute, new)
+
+
+def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set an ordinary parameter or buffer."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = _owner(model, owner_name, name)
+    for table in (owner._parameters, owner._buffers):
+        present = table.get(leaf)
+        if present is None:
+            continue
+        if present.shape != tensor.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the model wants {list(present.shape)}")
+        if table is owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        else:
+            owner._buffers[leaf] = tensor
+        return
+    raise ValueError(f"{name} is in the folder, and {type(model).__name__} has no such tensor")
+
+
+def _owner(model: nn.Module, owner_name: str, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(owner_name)
+    except AttributeError:
+        raise ValueError(f"{name} is in the folder, and {type(model).__name__} has no such module") from None
