@@ -157,13 +157,15 @@ def _embedding(ids: Any, weight: Any, *rest: Any, **options: Any) -> Any:
 
 
 def _get_data(view: WeightView) -> Tensor:
-    return view.read()
+    return view  # as an ordinary tensor's, it aliases the weight: `w = module.weight.data; w.copy_(x)` must reach it
 
 
 def _set_data(view: Any, value: Any) -> Any:
     if not isinstance(view, WeightView):
         return NotImplemented
     if isinstance(value, WeightView):
+        if value.holder is view.holder and value.expert == view.expert:
+            return None  # what `weight.data += x` assigns after it has written
         value = value.read()
     if value.dtype != view.dtype:  # as an ordinary tensor would take the new one's dtype
         view.holder._set_dtype(value.dtype)

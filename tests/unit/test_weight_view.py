@@ -36,7 +36,8 @@ def test_reading_operations_see_the_dequantized_weight(module):
         (view.to(torch.float16), module.dequantize(torch.float16)),
         (view.float() + 0, w),
         (view.clone(), w),
-        (view.data, w),
+        (view.data + 0, w),
+        (view.data.clone(), w),
         (view.norm(), w.norm()),
         (torch.cat([view, other]), torch.cat([w, other])),
         (copy.deepcopy(view), w),
@@ -50,6 +51,7 @@ def test_reading_operations_see_the_dequantized_weight(module):
 WRITES = {
     "copy_": lambda m, w: m.weight.copy_(w),
     "data setter": lambda m, w: setattr(m.weight, "data", w),
+    "data, then copy_": lambda m, w: m.weight.data.copy_(w),
     "assignment": lambda m, w: setattr(m, "weight", w),
     "parameter": lambda m, w: setattr(m, "weight", nn.Parameter(w)),
     "add_": lambda m, w: m.weight.add_(w - m.dequantize()),
