@@ -6,20 +6,22 @@ straight to the eager kernel: one trip through torch's dispatcher instead of two
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from fourbit import ops
 from torch import Tensor
+
+from fourbit import ops
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _modes = torch._C._len_torch_dispatch_stack
 _grad_enabled = torch.is_grad_enabled
 _linear_eager = ops._linear_4bit
-_linear = torch.ops.fourbit.linear_4bit.default
-_linear_grad = torch.ops.fourbit.linear_4bit_grad.default
-_grouped = torch.ops.fourbit.grouped_linear_4bit.default
-_grouped_grad = torch.ops.fourbit.grouped_linear_4bit_grad.default
+_linear: Callable[..., Tensor] = torch.ops.fourbit.linear_4bit.default
+_linear_grad: Callable[..., Tensor] = torch.ops.fourbit.linear_4bit_grad.default
+_grouped: Callable[..., Tensor] = torch.ops.fourbit.grouped_linear_4bit.default
+_grouped_grad: Callable[..., Tensor] = torch.ops.fourbit.grouped_linear_4bit_grad.default
 
 Weight = tuple[Tensor, Tensor, Tensor, int]
 Nested = tuple[Tensor | None, ...]
@@ -80,6 +82,10 @@ class _Transposed(torch.autograd.Function):
         return to_grad, None, None, None, None
 
 
+_apply_product: Callable[..., Tensor] = _Product.apply
+_apply_transposed: Callable[..., Tensor] = _Transposed.apply
+
+
 def _save(ctx: Any, x: Tensor, offsets: Tensor | None, weight: Weight, nested: Nested) -> None:
     packed, absmax, code, ctx.blocksize = weight
     ctx.save_for_backward(packed, absmax, code, offsets, *nested)
@@ -112,7 +118,7 @@ def _linear_autograd(
 ) -> Tensor:
     if (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled():
         weight, nested = (packed, absmax, code, blocksize), (nested_absmax, nested_code, nested_offset)
-        return _Product.apply(x, bias, None, weight, out_features, nested)
+        return _apply_product(x, bias, None, weight, out_features, nested)
     if type(x) is Tensor and not _modes():
         return _linear_eager(
             x, packed, absmax, code, blocksize, out_features, nested_absmax, nested_code, nested_offset, bias
@@ -134,7 +140,7 @@ def _linear_grad_autograd(
 ) -> Tensor:
     weight = (packed, absmax, code, blocksize)
     if grad.requires_grad and _grad_enabled():
-        return _Transposed.apply(grad, None, weight, in_features, ops._three(nested))
+        return _apply_transposed(grad, None, weight, in_features, ops._three(nested))
     with _below_autograd():
         return _linear_grad(grad, *weight, in_features, *nested)
 
@@ -151,7 +157,7 @@ def _grouped_autograd(
 ) -> Tensor:
     weight = (packed, absmax, code, blocksize)
     if x.requires_grad and _grad_enabled():
-        return _Product.apply(x, None, offsets, weight, out_features, ops._three(nested))
+        return _apply_product(x, None, offsets, weight, out_features, ops._three(nested))
     with _below_autograd():
         return _grouped(x, offsets, *weight, out_features, *nested)
 
@@ -168,15 +174,15 @@ def _grouped_grad_autograd(
 ) -> Tensor:
     weight = (packed, absmax, code, blocksize)
     if grad.requires_grad and _grad_enabled():
-        return _Transposed.apply(grad, offsets, weight, in_features, ops._three(nested))
+        return _apply_transposed(grad, offsets, weight, in_features, ops._three(nested))
     with _below_autograd():
         return _grouped_grad(grad, offsets, *weight, in_features, *nested)
 
 
-ops._library.impl("linear_4bit", _linear_autograd, "Autograd")
-ops._library.impl("linear_4bit_grad", _linear_grad_autograd, "Autograd")
-ops._library.impl("grouped_linear_4bit", _grouped_autograd, "Autograd")
-ops._library.impl("grouped_linear_4bit_grad", _grouped_grad_autograd, "Autograd")
+ops._library.impl("linear_4bit", _linear_autograd, "Autograd")  # type: ignore[no-untyped-call]
+ops._library.impl("linear_4bit_grad", _linear_grad_autograd, "Autograd")  # type: ignore[no-untyped-call]
+ops._library.impl("grouped_linear_4bit", _grouped_autograd, "Autograd")  # type: ignore[no-untyped-call]
+ops._library.impl("grouped_linear_4bit_grad", _grouped_grad_autograd, "Autograd")  # type: ignore[no-untyped-call]
 
 
 # ---- autocast: as torch's own linear, x and bias are cast to the autocast dtype -----------------------------
@@ -197,8 +203,8 @@ def _register_autocast(device_type: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return _grouped(x.to(torch.get_autocast_dtype(device_type)), *args)
 
-    ops._library.impl("linear_4bit", linear, key)
-    ops._library.impl("grouped_linear_4bit", grouped, key)
+    ops._library.impl("linear_4bit", linear, key)  # type: ignore[no-untyped-call]
+    ops._library.impl("grouped_linear_4bit", grouped, key)  # type: ignore[no-untyped-call]
 
 
 _register_autocast("cpu", "AutocastCPU")

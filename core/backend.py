@@ -131,9 +131,7 @@ class Backend:
 
     # ---- required ---------------------------------------------------------------------------------
 
-    def quantize_4bit(
-        self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool
-    ) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
         """Quantize `w` (any shape, n elements) to `(packed [ceil(n/2), 1], absmax [ceil(n/blocksize)])`.
 
         Per block of `blocksize` consecutive elements, the last may be short: absmax = max|w| (with the sign

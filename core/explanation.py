@@ -8,9 +8,10 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
+
 from fourbit import registry
 from fourbit.backend import OPS, OpQuery
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ def _of_layer(layer: nn.Module) -> tuple[str, dict[str, Any]]:
     if not isinstance(layer, PackedModule) or op is None:
         inside = sum(isinstance(m, PackedModule) for m in layer.modules())
         hint = f"; it has {inside} such layers inside, ask about one of them" if inside else ""
-        raise TypeError(
-            f"{type(layer).__name__} is not a 4-bit layer of fourbit.nn and runs in plain torch{hint}"
-        )
+        raise TypeError(f"{type(layer).__name__} is not a 4-bit layer of fourbit.nn and runs in plain torch{hint}")
     shape = tuple(layer.weight_shape)
     experts_unaligned = isinstance(layer, ExpertWeights4bit) and prod(shape[1:]) % layer.blocksize
     if experts_unaligned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from fourbit import autograd as _autograd  # noqa: F401  (registers the gradient
 from fourbit import checks, codebooks, registry
 from fourbit.state import QuantState
 
-_quantize = torch.ops.fourbit.quantize_4bit.default
-_dequantize = torch.ops.fourbit.dequantize_4bit.default
-_double_quantize = torch.ops.fourbit.double_quantize.default
-_linear = torch.ops.fourbit.linear_4bit.default
-_embedding = torch.ops.fourbit.embedding_4bit.default
-_grouped = torch.ops.fourbit.grouped_linear_4bit.default
-_quantize_blockwise = torch.ops.fourbit.quantize_blockwise.default
-_dequantize_blockwise = torch.ops.fourbit.dequantize_blockwise.default
+_quantize: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fourbit.quantize_4bit.default
+_dequantize: Callable[..., Tensor] = torch.ops.fourbit.dequantize_4bit.default
+_double_quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fourbit.double_quantize.default
+_linear: Callable[..., Tensor] = torch.ops.fourbit.linear_4bit.default
+_embedding: Callable[..., Tensor] = torch.ops.fourbit.embedding_4bit.default
+_grouped: Callable[..., Tensor] = torch.ops.fourbit.grouped_linear_4bit.default
+_quantize_blockwise: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fourbit.quantize_blockwise.default
+_dequantize_blockwise: Callable[..., Tensor] = torch.ops.fourbit.dequantize_blockwise.default
 
 
 class NonFiniteError(ValueError):
@@ -96,9 +96,7 @@ def linear_4bit(x: Tensor, packed: Tensor, state: QuantState, bias: Tensor | Non
     )
 
 
-def embedding_4bit(
-    ids: Tensor, packed: Tensor, state: QuantState, dtype: torch.dtype | None = None
-) -> Tensor:
+def embedding_4bit(ids: Tensor, packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Rows `ids` (int32 or int64, any shape) of a 4-bit weight [rows, dim]: [*ids.shape, dim].
 
     `dtype` None means the dtype that was quantized. Raises IndexError for an id out of range.

@@ -33,9 +33,7 @@ def apply_experts(
     return out
 
 
-def _one_expert(
-    backend: Backend, x: Tensor, weight: Weight, expert: int, n: int, k: int, transpose: bool
-) -> Tensor:
+def _one_expert(backend: Backend, x: Tensor, weight: Weight, expert: int, n: int, k: int, transpose: bool) -> Tensor:
     part = slice_expert(weight, expert, n * k)
     if part is None:
         packed, absmax, code, blocksize, *nested = weight

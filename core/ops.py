@@ -18,7 +18,7 @@ from fourbit.registry import miss, table
 
 Optional = Tensor | None
 
-_library = torch.library.Library("fourbit", "DEF")
+_library = torch.library.Library("fourbit", "DEF")  # type: ignore[no-untyped-call]
 _NESTED = "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None"
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor code, int blocksize"
 
@@ -36,7 +36,7 @@ SCHEMAS = {
     "double_quantize": "(Tensor absmax, Tensor code) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 _quantize_table = table("quantize_4bit")
 _dequantize_table = table("dequantize_4bit")
@@ -297,7 +297,7 @@ _EAGER = {
     "double_quantize": _double_quantize,
 }
 for _name, _kernel in _EAGER.items():
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 # ---- fakes: shapes and dtypes alone -----------------------------------------------------------------------
@@ -368,7 +368,7 @@ def _fake_double_quantize(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor,
     )
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "quantize_4bit": _fake_quantize_4bit,
     "dequantize_4bit": _fake_dequantize_4bit,
     "linear_4bit": _fake_linear_4bit,

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from fourbit import checks, registry
 from fourbit.config import QuantConfig
 from fourbit.state import dtype_name, quantized_nbytes
-from torch import nn
 
 LARGE = 1 << 20
 """Elements from which a tensor that stays in 16 bit by no deliberate choice is pointed out: 2 MB."""

@@ -82,9 +82,7 @@ def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     return codes.view(x.shape), absmax
 
 
-def dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """See `Backend.dequantize_blockwise`."""
     out = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
     flat, absmax = codes.reshape(-1), absmax.reshape(-1)
@@ -103,9 +101,7 @@ class ReferenceBackend(Backend):
     device_types = ("*",)
     priority = 0
 
-    def quantize_4bit(
-        self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool
-    ) -> tuple[Tensor, Tensor]:
+    def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
         flat = w.reshape(-1)
         count = flat.numel()
         packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=w.device)

@@ -13,9 +13,10 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fourbit import checks, codebooks
 from fourbit.double_quant import NESTED_BLOCKSIZE, decode_scales
-from torch import Tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
