@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from fourbit.config import QuantConfig
 from fourbit.nn.packed import PackedModule
-from torch import Tensor, nn
 
 
 class Embedding4bit(PackedModule, nn.Embedding):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fourbit.config import QuantConfig
 from fourbit.functional import grouped_linear_4bit
 from fourbit.nn.packed import PackedModule
 from fourbit.nn.view import WeightView
-from torch import Tensor
 
 
 class ExpertWeights4bit(PackedModule):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fourbit.config import QuantConfig, as_compute_dtype
 from fourbit.nn.packed import PackedModule
-from torch import Tensor, nn
 
 _linear_4bit = torch.ops.fourbit.linear_4bit.default
 

@@ -13,12 +13,13 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fourbit import checks, codebooks, registry
 from fourbit.double_quant import NESTED_BLOCKSIZE
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
 from fourbit.nn.view import WeightView
 from fourbit.state import QuantState
-from torch import Tensor, nn
 
 _float32 = torch.float32
 _FLOAT32_NAN = 0x7FC00000

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from fourbit.config import QuantConfig
 from fourbit.functional import require_finite
 from fourbit.nn.experts import ExpertWeights4bit
 from fourbit.nn.linear import Linear4bit
 from fourbit.plans import QuantPlan, plan
-from torch import nn
 
 
 class LargeTensorError(ValueError):

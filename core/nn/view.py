@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fourbit import grouped
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
+
+from fourbit import grouped
 
 if TYPE_CHECKING:
     from fourbit.nn.packed import PackedModule

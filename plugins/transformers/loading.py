@@ -15,6 +15,7 @@ from fourbit.checkpoint.reader import Checkpoint
 from fourbit.config import as_compute_dtype
 from fourbit.nn import Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
 from fourbit.nn.quantize import loop_over_experts
+from fourbit.plugins.transformers import experts
 from fourbit.state import QuantState
 
 
@@ -44,8 +45,13 @@ def load(
         del config.quantization_config  # transformers would ask for bitsandbytes
     model = _empty_model(transformers, config)
     packed_names, companions = checkpoint.quantized(), checkpoint.companions()
-    for name in packed_names:
-        packed, state = checkpoint.read_4bit(name)
+    stacked = experts.stacks(model, packed_names)
+    parts = {name for names in stacked.values() for name in names}
+    for name in [n for n in packed_names if n not in parts] + list(stacked):
+        if name in stacked:
+            packed, state = experts.read_stack(checkpoint, stacked[name], model.get_parameter(name).shape)
+        else:
+            packed, state = checkpoint.read_4bit(name)
         _put_packed(model, name, packed, state, torch.device(device), compute_dtype)
     for name in checkpoint.entries:
         if name not in packed_names and name not in companions:
@@ -63,6 +69,8 @@ def load(
 
 def _empty_model(transformers: Any, config: Any) -> Any:
     """The model with its parameters on the meta device and its buffers real."""
+    from transformers.initialization import no_init_weights
+
     names = getattr(config, "architectures", None) or []
     cls = next((found for n in names if (found := getattr(transformers, n, None)) is not None), None)
     if cls is None:
@@ -71,7 +79,7 @@ def _empty_model(transformers: Any, config: Any) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _meta_parameters(), transformers.initialization.no_init_weights():
+        with _meta_parameters(), no_init_weights():
             return cls(config)
     finally:
         torch.set_default_dtype(before)
