@@ -124,10 +124,10 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
     first = next(iter(checkpoint.quantized()), None)
     if first is not None:
         raise CheckpointError(f"{checkpoint.path} is quantized already: {first} is a 4-bit weight")
-    entry = checkpoint.config.get("quantization_config")
-    if entry is not None:
-        method = entry.get("quant_method", "unknown") if isinstance(entry, dict) else "unknown"
-        raise CheckpointError(f"{checkpoint.path} is quantized already: its config.json says {method!r}")
+    entry = checkpoint.quantization_config()
+    if entry:
+        method = entry.get("quant_method", "an unnamed method")
+        raise CheckpointError(f"{checkpoint.path} is quantized already: its config.json says {method}")
 
 
 def _items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item]:

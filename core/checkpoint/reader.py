@@ -197,6 +197,12 @@ class Checkpoint:
         CheckpointError, naming the tensor, if weight and state do not fit each other.
         """
         state = self.state(name)
+        want = self.check_packed(name, state)
+        packed = self.read(name).contiguous().view(-1).view(torch.uint8)[:want].view(-1, 1)
+        return packed, state
+
+    def check_packed(self, name: str, state: QuantState) -> int:
+        """The bytes of a packed weight. Raises CheckpointError if the header says that it has others."""
         want = (state.numel + 1) // 2
         info = self.info(name)
         # the storage dtype may be wider, and then the bytes are rounded up to whole elements
@@ -204,8 +210,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: {name!r} has {info.nbytes} bytes; {list(state.shape)} in 4 bits has {want}"
             )
-        packed = self.read(name).contiguous().view(-1).view(torch.uint8)[:want].view(-1, 1)
-        return packed, state
+        return want
+
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's entry on quantization, {} if there is none."""
+        entry = self.config.get("quantization_config") or {}
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{self.path}: quantization_config in config.json is not an object")
+        return entry
 
     def close(self) -> None:
         """Close the files. What was read stays valid, and reading again opens them again."""
