@@ -92,7 +92,8 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Col
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     if module_path.parent == _suite_folder():
-        return SuiteModule.from_parent(parent, path=module_path)
+        # one name wherever it is installed and whatever the session's root is
+        return SuiteModule.from_parent(parent, path=module_path, nodeid=f"fourbit/testing/{module_path.name}")
     return None
 
 

@@ -123,7 +123,7 @@ def test_known_bytes(need, device):
         assert absmax.tolist() == [1.0]
 
 
-def test_tiny_values_of_either_sign_take_code_zero_in_fp4(need, device):
+def test_tiny_values_take_code_zero_in_fp4(need, device):
     need("quantize_4bit")
     w = torch.tensor([1.0, -1e-9, 1e-9, -0.0, -0.001, 0.001, -0.0026, 0.0]).to(device)
     packed, _ = torch.ops.fourbit.quantize_4bit(w, CODEBOOKS["fp4"].tensor(device), 64)
