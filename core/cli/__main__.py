@@ -1,0 +1,5 @@
+"""`python -m fourbit.cli` is `fourbit`."""
+
+from fourbit.cli import main
+
+main()

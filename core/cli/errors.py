@@ -1,0 +1,54 @@
+"""What a user sees when a command fails: one line and exit status 1; usage errors are 2, Ctrl-C 130."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import typer
+
+from fourbit.cli import console
+
+DEBUG_VARIABLE = "FOURBIT_DEBUG"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+show_tracebacks = False
+"""Set by --debug."""
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """The command, with its exceptions turned into one line on stderr and exit status 1."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            console.error("interrupted")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # `fourbit inspect … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if show_tracebacks:
+                raise
+            console.error(in_one_line(error))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def in_one_line(error: Exception) -> str:
+    """An exception's message, with its type in front where the message alone would not be understood."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    # ours and the system's say what is the matter; others may be mere names
+    if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} ({DEBUG_VARIABLE}=1 shows where)"

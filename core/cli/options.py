@@ -1,0 +1,51 @@
+"""Options that several commands have, and the QuantConfig that they come to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fourbit.config import QuantConfig
+
+QuantType = Annotated[str, typer.Option("--quant-type", help="Data type: nf4, fp4, or one that a plugin adds.")]
+Blocksize = Annotated[
+    int | None,
+    typer.Option(
+        "--blocksize",
+        help="Elements that share a scale: a power of two from 32 to 4096.",
+        show_default="of the device's backend: 64 on CPU and CUDA, 128 on ROCm",
+    ),
+]
+DoubleQuant = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits too.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def config(
+    quant_type: str,
+    blocksize: int | None,
+    double_quant: bool,
+    compute_dtype: str | None = None,
+    skip: list[str] | None = None,
+) -> QuantConfig:
+    """The configuration that the options describe. A value that makes no sense is a usage error."""
+    from fourbit.config import QuantConfig, as_compute_dtype
+
+    try:
+        dtype = as_compute_dtype(compute_dtype)
+        return QuantConfig(quant_type, blocksize, double_quant, dtype, tuple(skip or ()))
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def device(name: str) -> torch.device:
+    """The device of that name. A name that torch does not know is a usage error."""
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error).splitlines()[0]) from None

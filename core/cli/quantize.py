@@ -1,0 +1,162 @@
+"""`fourbit quantize`: a 4-bit copy of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fourbit.cli import console, options
+
+if TYPE_CHECKING:
+    import torch
+
+    from fourbit.checkpoint.quantize import QuantizeReport
+    from fourbit.config import QuantConfig
+    from fourbit.plans import QuantPlan
+
+
+def quantize(
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Model folder (safetensors, 16 or 32 bit), or one .safetensors file.")
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the 4-bit model.")],
+    quant_type: options.QuantType = "nf4",
+    blocksize: options.Blocksize = None,
+    double_quant: options.DoubleQuant = False,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of the forward pass: bfloat16, float16 or float32.",
+            show_default="the weights' own",
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Modules to leave as they are, such as 'model.layers.0.*' or 'v_proj'; may be repeated.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1 …")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it is a model folder.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a 4-bit copy of the model folder SRC to DST.
+
+    The copy loads in fourbit, transformers with bitsandbytes, peft and vLLM. Embeddings, norms, the output
+    head and routers stay as they are. Tensors are read and written one at a time, and DST appears only when
+    all of it is there.
+    """
+    config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
+    where = options.device(device)
+    if dry_run:
+        plan = check_and_plan(src, dst, config, where, overwrite)
+        if as_json:
+            console.print_json({"dry_run": True, **plan.to_dict()})
+        else:
+            show_plan(plan)
+    else:
+        report = run(src, dst, config, where, overwrite)
+        plan = report.plan
+        if as_json:
+            console.print_json({"dry_run": False, **report.to_dict()})
+        else:
+            show_report(report)
+    warn(plan)
+
+
+def check_and_plan(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool) -> QuantPlan:
+    """What would be done, after the checks that do not need the weights."""
+    from fourbit.checkpoint.quantize import require_unquantized
+    from fourbit.checkpoint.reader import Checkpoint
+    from fourbit.checkpoint.staging import check_destination
+    from fourbit.plans import plan
+
+    source = src.expanduser().resolve()
+    with Checkpoint(source) as checkpoint:
+        require_unquantized(checkpoint)
+    check_destination(source, dst.expanduser().resolve(), overwrite)
+    return plan(source, config, device=device)
+
+
+def run(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool) -> QuantizeReport:
+    """Quantize with a bar. `fourbit demo` goes through here too."""
+    from fourbit.checkpoint.quantize import quantize_checkpoint
+
+    with console.byte_progress() as bar:
+        task = bar.add_task("quantizing", total=None)
+
+        def advance(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return quantize_checkpoint(src, dst, config, device=device, overwrite=overwrite, progress=advance)
+
+
+def show_plan(plan: QuantPlan) -> None:
+    """Every tensor and what would become of it, then the totals."""
+    table = console.table(None, "tensor", "action", "rule", "shape", "before", "after", left=3)
+    for t in plan.tensors:
+        style = "bold yellow" if t.large_left else "" if t.action == "quantize" else "dim"
+        cells = (console.escape(t.name), t.action, console.escape(t.rule), console.shape(t.shape))
+        table.add_row(*cells, f"{t.bytes_before:,}", f"{t.bytes_after:,}", style=style)
+    console.out.print(table)
+    show_sizes(plan, plan.bytes_after)
+    console.out.print("dry run: nothing was written")
+
+
+def show_report(report: QuantizeReport) -> None:
+    """What was done, in few lines."""
+    console.out.print(
+        f"{console.escape(str(report.source))} -> {console.escape(str(report.destination))}"
+        f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
+        soft_wrap=True,
+    )
+    if report.left_out:
+        names = ", ".join(report.left_out)
+        console.note(f"not copied, since they hold weights in another form: {names}")
+    show_sizes(report.plan, report.bytes_after)
+
+
+def show_sizes(plan: QuantPlan, total_after: int) -> None:
+    """The table of bytes before and after."""
+    kind = f"{plan.config.quant_type}, blocksize {plan.blocksize}{', double-quantized' if plan.config.double_quant else ''}"
+    table = console.table(kind, "", "tensors", "parameters", "bytes before", "bytes after", "bits per parameter")
+    groups = (("quantized to 4 bits", plan.quantized), ("left as they are", plan.skipped))
+    for label, tensors in groups:
+        count = sum(t.parameters for t in tensors)
+        after = sum(t.bytes_after for t in tensors)
+        before = sum(t.bytes_before for t in tensors)
+        bits = f"{8 * after / count:.6f}" if count else "-"
+        table.add_row(label, f"{len(tensors)}", f"{count:,}", f"{before:,}", f"{after:,}", bits)
+    if total_after != plan.bytes_after:
+        table.add_row("code tables, metadata", "", "", "", f"{total_after - plan.bytes_after:,}", "")
+    bits = f"{8 * total_after / plan.parameters:.6f}" if plan.parameters else "-"
+    cells = (f"{len(plan.tensors)}", f"{plan.parameters:,}", f"{plan.bytes_before:,}", f"{total_after:,}", bits)
+    table.add_section()
+    table.add_row("whole model", *cells, style="bold")
+    console.out.print(table)
+    for rule, names in _large_by_choice(plan).items():
+        console.out.print(f"left in 16 bit by rule ({console.escape(rule)}): {console.escape(', '.join(names))}")
+
+
+def _large_by_choice(plan: QuantPlan) -> dict[str, list[str]]:
+    from fourbit.plans import LARGE
+
+    found: dict[str, list[str]] = {}
+    for t in plan.skipped:
+        if t.parameters >= LARGE and not t.large_left:
+            found.setdefault(t.rule, []).append(f"{t.name} {console.shape(t.shape)} ({console.size(t.bytes_after)})")
+    return found
+
+
+def warn(plan: QuantPlan) -> None:
+    """A line that cannot be missed for each large tensor that stays in 16 bit though nobody chose so."""
+    for t in plan.large_left:
+        console.warning(
+            f"{t.name} {console.shape(t.shape)} STAYS IN {8 * t.dtype.itemsize} BIT: {t.bytes_after:,} bytes; {t.rule}"
+        )
+    if not plan.quantized:
+        console.warning("no tensor is quantized")
