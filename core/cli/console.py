@@ -62,12 +62,15 @@ def escape(text: str) -> str:
     return markup("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
-def table(title: str | None, *columns: str, left: int = 1, caption: str | None = None) -> Table:
-    """A table whose first `left` columns are text and the others numbers."""
+def table(
+    title: str | None, *columns: str, left: int = 1, wrap: int | None = None, caption: str | None = None
+) -> Table:
+    """A table whose first `left` columns are text and the others numbers; the first `wrap` (`left`) may wrap."""
     made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
     for i, column in enumerate(columns):
+        keep = i >= (left if wrap is None else wrap)
         # a long name goes on in the next line rather than be cut
-        made.add_column(column, justify="left" if i < left else "right", overflow="fold", no_wrap=i >= left)
+        made.add_column(column, justify="left" if i < left else "right", overflow="fold", no_wrap=keep)
     return made
 
 

@@ -21,7 +21,7 @@ def show(result: dict[str, Any]) -> None:
     about = ABOUT_PERPLEXITY.format(tokens=after["tokens"], digest=after["text_sha256"][:12])
     title = f"{result['model']['name']}: {result['model']['parameters']:,} parameters, of which"
     title += f" {result['quantized_parameters']:,} are quantized"
-    table = console.table(title, "", "16 bit", f"4 bit ({kind})", left=1, caption=about)
+    table = console.table(title, "", "16 bit", f"4 bit ({kind})", left=1, wrap=3, caption=about)
     ratio = before["bytes"] / after["bytes"]
     table.add_row("bytes", f"{before['bytes']:,}", f"{after['bytes']:,} ({ratio:.2f} times smaller)")
     for key, label in (
@@ -32,20 +32,18 @@ def show(result: dict[str, Any]) -> None:
     change = after["perplexity"] / before["perplexity"] - 1
     table.add_row("perplexity", f"{before['perplexity']:.3f}", f"{after['perplexity']:.3f} ({change:+.1%})")
     table.add_section()
-    table.add_row(f"“{sample_text.PROMPT}”", "", "")
-    for column in table.columns[1:]:
-        column.no_wrap = False
-    table.add_row("  its answer, greedy", console.escape(before["text"]), console.escape(after["text"]))
+    label = f"“{sample_text.PROMPT}”"
+    table.add_row(label, console.escape(before["text"]), console.escape(after["text"]))
     table.add_section()
     for op in result["ops"]:
-        how = "composed of other ops" if op["composed_of_other_ops"] else "its own method"
-        table.add_row(f"{op['op']} ran on", "", f"{op['backend']} ({op['device']}, {op['dtype']}; {how})")
+        how = ", composed of other ops" if op["composed_of_other_ops"] else ""
+        table.add_row(f"{op['op']} ran on", "", f"{op['backend']} ({op['device']}, {op['dtype']}{how})")
     table.add_section()
     table.add_row("seconds to load", f"{before['seconds']['load']:.1f}", f"{after['seconds']['load']:.1f}")
     for key in ("generate", "perplexity"):
         label = {"generate": "seconds for the answer", "perplexity": "seconds for the perplexity"}[key]
         table.add_row(label, f"{before['seconds'][key]:.1f}", f"{after['seconds'][key]:.1f}")
     fetched = f"{seconds['weights']:.1f} + {seconds['16-bit folder']:.1f}"
-    table.add_row("seconds to get and convert / to quantize", fetched, f"{seconds['quantize']:.1f}")
+    table.add_row("seconds to get and convert, to quantize", fetched, f"{seconds['quantize']:.1f}")
     table.add_row("seconds in all", "", f"{seconds['total']:.1f}", style="bold")
     console.out.print(table)

@@ -15,7 +15,7 @@ from typing import Any
 from fourbit.cli import sample_text
 from fourbit.cli.workers import Channel, Progress
 
-NEW_TOKENS = 24
+NEW_TOKENS = 32
 
 
 def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:

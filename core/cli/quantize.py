@@ -122,7 +122,8 @@ def show_report(report: QuantizeReport) -> None:
 
 def show_sizes(plan: QuantPlan, total_after: int) -> None:
     """The table of bytes before and after."""
-    kind = f"{plan.config.quant_type}, blocksize {plan.blocksize}{', double-quantized' if plan.config.double_quant else ''}"
+    double = ", double-quantized" if plan.config.double_quant else ""
+    kind = f"{plan.config.quant_type}, blocksize {plan.blocksize}{double}"
     table = console.table(kind, "", "tensors", "parameters", "bytes before", "bytes after", "bits per parameter")
     groups = (("quantized to 4 bits", plan.quantized), ("left as they are", plan.skipped))
     for label, tensors in groups:

@@ -10,7 +10,7 @@ import hashlib
 TOPICS = ("class", "function", "assignment", "exceptions", "numeric-types", "naming", "try", "import")
 WINDOWS = 8
 WINDOW_TOKENS = 512
-PROMPT = "What is the capital of France? Answer in one sentence."
+PROMPT = "Explain in one sentence what a computer is."
 
 
 def read_text() -> tuple[str, str]:
