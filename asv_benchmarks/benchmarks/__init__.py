@@ -1,0 +1,1 @@
+"""Benchmarks that asv runs; README.md in the folder above says how."""
