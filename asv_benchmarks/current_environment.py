@@ -12,6 +12,15 @@ from typing import Any
 
 from asv import util
 from asv.environment import Environment
+from asv.machine import Machine, MachineCollection
+
+
+def setup() -> None:
+    """Called by asv when it loads this plugin: describe the machine as `asv machine --yes` does, if nobody has."""
+    try:
+        MachineCollection.load(Machine.get_unique_machine_name())
+    except util.UserError:
+        Machine.load(force_interactive=True, use_defaults=True)
 
 
 class CurrentEnvironment(Environment):
