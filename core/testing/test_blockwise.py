@@ -14,37 +14,42 @@ from fourbit.testing.oracle import REFERENCE, assert_same_bits
 COVERS = ("quantize_blockwise", "dequantize_blockwise")
 
 
-def check(x: torch.Tensor, device: torch.device, blocksize: int = 256, code: torch.Tensor | None = None) -> None:
-    """Compare codes and scales, and the way back to every dtype, with the reference's."""
+def check(
+    x: torch.Tensor,
+    device: torch.device,
+    blocksize: int = 256,
+    code: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Compare codes and scales, and the way back to `dtype`, with the reference's."""
     table = dynamic_map() if code is None else code
     want_codes, want_absmax = REFERENCE.quantize_blockwise(x.contiguous(), table, blocksize)
     moved = None if code is None else code.to(device)
     codes, absmax = fourbit.quantize_blockwise(x.to(device), code=moved, blocksize=blocksize)
     assert_same_bits(absmax, want_absmax, f"absmax, blocksize {blocksize}")
     assert_same_bits(codes, want_codes, f"codes, blocksize {blocksize}")
-    for dtype in DTYPES:
-        want = REFERENCE.dequantize_blockwise(want_codes, want_absmax, table, blocksize, dtype)
-        out = fourbit.dequantize_blockwise(codes, absmax, code=moved, blocksize=blocksize, dtype=dtype)
-        assert_same_bits(out, want, f"values in {dtype}, blocksize {blocksize}")
+    want = REFERENCE.dequantize_blockwise(want_codes, want_absmax, table, blocksize, dtype)
+    out = fourbit.dequantize_blockwise(codes, absmax, code=moved, blocksize=blocksize, dtype=dtype)
+    assert_same_bits(out, want, f"values in {dtype}, blocksize {blocksize}")
 
 
-def need_both(need, dtype=torch.float32, blocksize=256):
+def need_both(need, dtype=torch.float32, blocksize=256, out=torch.float32):
     need("quantize_blockwise", dtype, blocksize)
-    for each in DTYPES:
-        need("dequantize_blockwise", each, blocksize)
+    need("dequantize_blockwise", out, blocksize)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", inputs.PLAIN)
-def test_same_bits(need, device, name):
-    need_both(need)
-    check(inputs.PLAIN[name](5 * 256 + 7), device)
+def test_same_bits(need, device, name, dtype):
+    need_both(need, out=dtype)
+    check(inputs.PLAIN[name](5 * 256 + 7), device, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_blocksize(need, device, blocksize, dtype):
-    need_both(need, dtype, blocksize)
-    check(normal(3 * blocksize + 33).to(dtype), device, blocksize)
+    need_both(need, dtype, blocksize, dtype)
+    check(normal(3 * blocksize + 33).to(dtype), device, blocksize, dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", ((1,), (3,), (1, 1), (5, 7, 11), (257,), (2, 128)), ids=str)

@@ -66,11 +66,11 @@ def test_every_scale_of_16_bits(need, device, dtype):
 @pytest.mark.parametrize(
     "shape", ((1,), (1, 1), (3,), (65,), (7, 11), (1, 129), (129, 1), (3, 5, 67), (50, 80)), ids=str
 )
-def test_ragged_shapes(need, device, shape, double_quant):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_shapes(need, device, shape, dtype, double_quant):
     """Odd counts; rows that are no multiple of the blocksize, where blocks run across rows."""
-    for dtype in DTYPES:
-        need("dequantize_4bit", dtype, double_quant=double_quant)
-        check(make_weight(*shape, double_quant=double_quant), device, dtype)
+    need("dequantize_4bit", dtype, double_quant=double_quant)
+    check(make_weight(*shape, double_quant=double_quant), device, dtype)
 
 
 @pytest.mark.parametrize("shape", ((16, 48), (48, 80), (33, 96)), ids=str)
@@ -81,21 +81,21 @@ def test_rows_a_multiple_of_16_but_not_of_the_blocksize(need, device, shape, blo
 
 
 @pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", (32, 64, 512))
-def test_non_finite_blocks_are_nan(need, device, blocksize, double_quant):
+def test_non_finite_blocks_are_nan(need, device, blocksize, dtype, double_quant):
     """A spoilt block dequantizes to NaN, all of it, and no other does, also with double quantization."""
     need("quantize_4bit", blocksize=blocksize)
     need("quantize_blockwise", blocksize=256)
+    need("dequantize_4bit", dtype, blocksize, double_quant)
     w, bad = inputs.non_finite(blocksize)
     packed, state = fourbit.quantize_4bit(w.to(device), blocksize=blocksize, double_quant=double_quant)
     good = make_weight(len(w), blocksize=blocksize, values=w)
-    for dtype in DTYPES:
-        need("dequantize_4bit", dtype, blocksize, double_quant)
-        out = fourbit.dequantize_4bit(packed, state, dtype).cpu()
-        assert torch.equal(out.isnan(), bad), f"{dtype}: NaN at other elements than those of the spoilt blocks"
-        if not double_quant:
-            assert_same_bits(out[~bad], good.dense(dtype)[~bad], "blocks beside spoilt ones")
-        assert float((out - w).abs()[~bad].max()) < 0.6
+    out = fourbit.dequantize_4bit(packed, state, dtype).cpu()
+    assert torch.equal(out.isnan(), bad), "NaN at other elements than those of the spoilt blocks"
+    if not double_quant:
+        assert_same_bits(out[~bad], good.dense(dtype)[~bad], "blocks beside spoilt ones")
+    assert float((out - w).abs()[~bad].max()) < 0.6
 
 
 def test_unaligned_and_not_contiguous(need, device):

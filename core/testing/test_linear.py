@@ -83,27 +83,27 @@ def test_bias(need, device, rows, dtype):
 
 
 @double
+@every_dtype
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_every_blocksize(need, device, blocksize, double_quant):
-    for dtype in (torch.float32, torch.bfloat16):
-        for op in COVERS:
-            need(op, dtype, blocksize, double_quant)
-        for shape in ((24, 160), (3, 4096)):
-            weight = make_weight(*shape, blocksize=blocksize, double_quant=double_quant)
-            for rows in (1, 6):
-                forward(normal(rows, shape[1]).to(device, dtype), weight, dtype)
-                backward(normal(rows, shape[0]).to(device, dtype), weight, dtype)
+def test_every_blocksize(need, device, blocksize, dtype, double_quant):
+    for op in COVERS:
+        need(op, dtype, blocksize, double_quant)
+    for shape in ((24, 160), (3, 4096)):
+        weight = make_weight(*shape, blocksize=blocksize, double_quant=double_quant)
+        for rows in (1, 6):
+            forward(normal(rows, shape[1]).to(device, dtype), weight, dtype)
+            backward(normal(rows, shape[0]).to(device, dtype), weight, dtype)
 
 
+@every_dtype
 @pytest.mark.parametrize("codebook", CODEBOOKS)
-def test_every_codebook(need, device, codebook):
-    for dtype in DTYPES:
-        for op in COVERS:
-            need(op, dtype)
-        weight = make_weight(48, 192, codebook=codebook)
-        for rows in (1, 20):
-            forward(normal(rows, 192).to(device, dtype), weight, dtype)
-            backward(normal(rows, 48).to(device, dtype), weight, dtype)
+def test_every_codebook(need, device, codebook, dtype):
+    for op in COVERS:
+        need(op, dtype)
+    weight = make_weight(48, 192, codebook=codebook)
+    for rows in (1, 20):
+        forward(normal(rows, 192).to(device, dtype), weight, dtype)
+        backward(normal(rows, 48).to(device, dtype), weight, dtype)
 
 
 @pytest.mark.parametrize("leading", ((), (0,), (1,), (2, 3), (2, 0, 5), (1, 1, 1, 1), (3, 1, 4)), ids=str)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 
 import fourbit
 from tests.support import skip_or_fail
@@ -17,7 +19,8 @@ BUILT_IN = sorted(ep.name for ep in entry_points(group="fourbit.backends") if ep
 def run_suite(*arguments: str, cwd: str) -> subprocess.CompletedProcess[str]:
     """`pytest --pyargs fourbit.testing` with more arguments, in a folder that has no configuration."""
     command = [sys.executable, "-m", "pytest", "--pyargs", "fourbit.testing", "-q", "-p", "no:cacheprovider"]
-    return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=900)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # this worker's share
+    return subprocess.run([*command, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

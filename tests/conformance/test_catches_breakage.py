@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourbit import registry
 from tests.conformance import broken
@@ -40,9 +41,11 @@ def function_of(name: str) -> str:
 
 
 @pytest.fixture
-def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[RunSuite]:
+def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunSuite]:
     """Runs tests of the suite in this process, which already has torch, on a backend registered for it."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of small ops, on a machine that other tests share
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
     def run(fault: type[broken.Unbroken], tests: Iterable[str]) -> Outcome:
@@ -62,7 +65,8 @@ def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[RunSu
             registry.unregister(fault.name)
         return outcome
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("fault", broken.BREAKAGES, ids=lambda fault: fault.__name__)
