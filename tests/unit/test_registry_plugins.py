@@ -1,0 +1,282 @@
+"""Plugins as they are installed, in processes of their own: broken ones break nothing but themselves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+GOOD = """
+from fourbit.hookspecs import hookimpl
+from fourbit.reference import ReferenceBackend
+
+class Good(ReferenceBackend):
+    name, priority = NAME, 10
+
+@hookimpl
+def fourbit_register_backends(register):
+    register(Good())
+"""
+
+REPORT = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, fourbit
+    for _ in range(2):
+        packed, state = fourbit.quantize_4bit(torch.randn(8, 64), double_quant=True)
+        y = fourbit.linear_4bit(torch.randn(2, 64), packed, state)
+    infos = [[i.name, i.state, i.reason, i.source, i.traceback] for i in fourbit.backends()]
+from fourbit import registry
+used = sorted({r.backend.name for r in registry.resolutions()})
+messages = [[w.category.__name__, str(w.message)] for w in caught]
+print(json.dumps({"infos": infos, "used": used, "warnings": messages}))
+"""
+
+
+def install_into(folder: Path, **plugins: str) -> dict[str, str]:
+    """Make installed distributions, one a plugin; returns the environment of a process that sees them."""
+    for name, source in plugins.items():
+        (folder / f"plugin_{name}.py").write_text(source.replace("NAME", repr(name)))
+        info = folder / f"dist_{name}-3.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dist-{name}\nVersion: 3.2\n")
+        (info / "entry_points.txt").write_text(f"[fourbit.backends]\n{name} = plugin_{name}\n")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FOURBIT_")}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return clean | {"PYTHONPATH": path}
+
+
+@pytest.fixture
+def install(tmp_path):
+    """`install(plugin=source)`, for one test."""
+    return functools.partial(install_into, tmp_path)
+
+
+def run(program: str, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@dataclass
+class Report:
+    """What a process with plugins saw: its infos by source, warnings, and the backends that ran its ops."""
+
+    infos: list[list[str]]
+    warnings: list[list[str]]
+    used: list[str]
+
+    def of(self, distribution: str) -> list[str]:
+        """(name, state, reason, source, traceback) of the only backend from a distribution."""
+        (info,) = [info for info in self.infos if info[3].split()[0] == distribution]
+        return info
+
+
+def report(env: dict[str, str]) -> Report:
+    return Report(**json.loads(run(REPORT, env).stdout))
+
+
+BROKEN = {
+    "import error": ("import a_driver_that_is_not_installed\n", "failed", "ModuleNotFoundError"),
+    "syntax error": ("def broken(:\n", "failed", "SyntaxError"),
+    "exit at import": ("import sys\nsys.exit('this machine has no chip')\n", "failed", "SystemExit: this machine"),
+    "raising hook": (
+        "from fourbit.hookspecs import hookimpl\n@hookimpl\ndef fourbit_register_backends(register):\n"
+        "    raise RuntimeError('the driver is too old')\n",
+        "failed",
+        "RuntimeError: the driver is too old",
+    ),
+    "hook that registers, then raises": (
+        GOOD + "    raise RuntimeError('afterwards')\n",
+        "failed",
+        "RuntimeError: afterwards",
+    ),
+    "hook with other arguments": (
+        "from fourbit.hookspecs import hookimpl\n@hookimpl\ndef fourbit_register_backends(registry):\n    pass\n",
+        "failed",
+        "PluginValidationError",
+    ),
+    "hook that does not exist": (
+        "from fourbit.hookspecs import hookimpl\n@hookimpl\ndef fourbit_register_backend(register):\n    pass\n",
+        "failed",
+        "PluginValidationError",
+    ),
+    "wrong API version": (
+        GOOD.replace("name, priority", "api_version = 9\n    name, priority"),
+        "rejected",
+        "version 9",
+    ),
+    "no Backend": (GOOD.replace("register(Good())", "register(NAME)"), "rejected", "not an instance of"),
+    "bad name": (GOOD.replace("= NAME", "= 'No Good'"), "rejected", "'No Good'"),
+    "unavailable() raises": (
+        GOOD.replace("@hookimpl", "    def unavailable(self): return 1 / 0\n\n@hookimpl"),
+        "failed",
+        "ZeroDivisionError",
+    ),
+    "bad codebook": (
+        "from fourbit.hookspecs import hookimpl\nfrom fourbit.codebooks import Codebook\n@hookimpl\n"
+        "def fourbit_register_codebooks(register):\n    register(Codebook('five', (1.0,) * 5))\n",
+        "failed",
+        "want 16 values, got 5",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def all_broken(tmp_path_factory) -> Report:
+    """One process with every broken plugin at once, and a good one that is loaded after them all."""
+    plugins = {f"bad{index:02}": source for index, (source, _, _) in enumerate(BROKEN.values())}
+    return report(install_into(tmp_path_factory.mktemp("broken"), **plugins, zgood=GOOD))
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_plugin(all_broken, fault):
+    """One warning names the plugin and the reason, and backends() keeps the state and the traceback."""
+    _, state, reason = BROKEN[fault]
+    distribution = f"dist-bad{list(BROKEN).index(fault):02}"
+    _, found, why, source, trace = all_broken.of(distribution)
+    assert found == state and reason in why and source.startswith(f"{distribution} 3.2 (plugin_bad")
+    if state == "failed":
+        assert "Traceback (most recent call last)" in trace and reason.split(":")[0] in trace
+    ((category, message),) = [warning for warning in all_broken.warnings if distribution in warning[1]]
+    assert category == "BackendWarning" and reason in message
+    if fault == "wrong API version":
+        assert "version 9" in message and "this fourbit has version 1" in message
+
+
+def test_nothing_else_is_broken(all_broken):
+    """Ops work, on the plugin that was loaded last; the reference is there."""
+    assert all_broken.used == ["zgood"]
+    assert [info[1] for info in all_broken.infos if info[0] in ("reference", "zgood")] == ["ready", "ready"]
+    assert len(all_broken.warnings) == len(BROKEN)
+
+
+def test_duplicate_name(install):
+    other = GOOD.replace("= NAME", "= 'alpha'")
+    result = report(install(alpha=GOOD, beta=other))
+    assert result.used == ["alpha"]
+    assert result.of("dist-alpha")[:2] == ["alpha", "ready"] and result.of("dist-beta")[:2] == ["alpha", "rejected"]
+    (warning,) = result.warnings
+    assert "'alpha' is taken already, by dist-alpha 3.2" in warning[1]
+
+
+def test_warnings_as_errors_still_load_the_plugins_after_it(install):
+    """Under -W error the first use raises the warning; every plugin is loaded all the same."""
+    env = install(bad="import a_driver_that_is_not_installed\n", zgood=GOOD)
+    program = """
+import torch, fourbit
+try:
+    fourbit.quantize_4bit(torch.randn(64))
+    raise SystemExit("no warning")
+except fourbit.BackendWarning as warning:
+    assert "a_driver_that_is_not_installed" in str(warning)
+fourbit.quantize_4bit(torch.randn(64))
+assert {i.name: i.state for i in fourbit.backends()} == {"bad": "failed", "zgood": "ready", "reference": "ready"} | {
+    i.name: i.state for i in fourbit.backends() if i.source.startswith("fourbit ")}
+"""
+    run(program, env, "-W", "error::RuntimeWarning")
+
+
+def test_plugin_that_uses_fourbit_while_it_loads(install):
+    early = "import torch, fourbit\nfourbit.backends()\nPACKED = fourbit.quantize_4bit(torch.randn(64))\n" + GOOD
+    result = report(install(early=early))
+    assert result.of("dist-early")[1] == "ready" and result.used == ["early"] and not result.warnings
+
+
+def test_plugin_adds_a_codebook(install):
+    source = """
+from fourbit.codebooks import Codebook
+from fourbit.hookspecs import hookimpl
+
+@hookimpl
+def fourbit_register_codebooks(register):
+    register(Codebook("even4", tuple((i - 7.5) / 7.5 for i in range(16))))
+"""
+    program = """
+import torch, fourbit
+packed, state = fourbit.quantize_4bit(torch.linspace(-1, 1, 64), quant_type="even4")
+assert float((fourbit.dequantize_4bit(packed, state) - torch.linspace(-1, 1, 64)).abs().max()) < 0.07
+assert fourbit.QuantState.from_state_dict(state.to_state_dict()).quant_type == "even4"
+"""
+    run(program, install(even=source))
+
+
+# ---- environment variables ------------------------------------------------------------------------------
+
+
+def test_backends_variable_restricts_and_orders(install):
+    env = install(alpha=GOOD, beta=GOOD, bad="raise RuntimeError\n")
+    result = report(env | {"FOURBIT_BACKENDS": "reference, beta"})
+    assert [info[0] for info in result.infos][:2] == ["reference", "beta"] and result.used == ["reference"]
+    assert result.of("dist-alpha")[1:3] == ["disabled", "not in FOURBIT_BACKENDS=reference, beta"]
+    assert result.of("dist-bad")[1] == "disabled" and not result.warnings
+    assert report(env | {"FOURBIT_BACKENDS": "beta,alpha"}).used == ["beta"]
+
+
+def test_backends_variable_with_an_unknown_name(install):
+    result = report(install() | {"FOURBIT_BACKENDS": "nonesuch,reference"})
+    assert result.used == ["reference"]
+    assert result.warnings == [["BackendWarning", "FOURBIT_BACKENDS names 'nonesuch', which is not installed"]]
+
+
+def test_backends_variable_that_leaves_none(install):
+    program = """
+import torch, fourbit
+try:
+    fourbit.quantize_4bit(torch.randn(64), blocksize=64)
+except fourbit.NoBackendError as error:
+    assert "reference: disabled (not in FOURBIT_BACKENDS=picky)" in str(error), error
+else:
+    raise SystemExit("it ran")
+"""
+    picky = GOOD.replace("@hookimpl", "    def unavailable(self): return 'no chip'\n\n@hookimpl")
+    run(program, install(picky=picky) | {"FOURBIT_BACKENDS": "picky"})
+
+
+def test_trace_variable(install):
+    env = install(alpha=GOOD) | {"FOURBIT_TRACE": "1"}
+    program = "import torch, fourbit\nfor _ in range(3): fourbit.quantize_4bit(torch.randn(64), blocksize=64)"
+    lines = [line for line in run(program, env).stderr.splitlines() if line.startswith("fourbit:")]
+    assert lines == ["fourbit: quantize_4bit on cpu (float32, blocksize 64) -> alpha"]
+
+
+# ---- the cost of importing --------------------------------------------------------------------------------
+
+
+def test_import_loads_no_backend_and_no_plugin_machinery(install):
+    env = install(loud="raise RuntimeError('loaded')\n")
+    program = """
+import sys, torch
+before = set(sys.modules)
+import fourbit
+new = set(sys.modules) - before
+bad = sorted(m for m in new if m.startswith(("pluggy", "fourbit.backends", "fourbit.plugins", "fourbit.reference",
+    "plugin_", "fourbit.testing", "fourbit.nn", "fourbit.cli", "fourbit.checkpoint", "transformers", "safetensors",
+    "typer", "rich", "numpy", "torch._dynamo", "torch._inductor")))
+assert not bad, bad
+from fourbit import registry
+assert not registry._loaded and not registry._backends
+assert not torch.cuda.is_initialized()
+"""
+    run(program, env, "-W", "error::RuntimeWarning")
+
+
+def test_import_is_light(install):
+    """A sanity bound over torch's own import; asv tracks the real figure, of some tens of milliseconds."""
+    program = "import time, torch; t = time.perf_counter(); import fourbit; print(time.perf_counter() - t)"
+    env = install()
+    times = []
+    started = time.monotonic()
+    while len(times) < 3 and time.monotonic() - started < 60:
+        times.append(float(run(program, env).stdout))
+    assert statistics.median(times) < 0.5, times
