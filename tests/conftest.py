@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import settings
+
+# Processes that a test spawns import its module anew, as `tests.…`; last in the path, so that what is installed wins.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # No deadline: a shared machine's hiccup is no bug. What an example found stays in .hypothesis/.
 settings.register_profile("fourbit", deadline=None)
