@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from fourbit_pytest import SUITE, USAGE
 
 from fourbit import registry
 from fourbit.backend import Backend, OpQuery
-from fourbit.testing.pytest_plugin import SUITE, USAGE
 
 Need = Callable[..., None]
 
