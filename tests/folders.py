@@ -1,0 +1,63 @@
+"""Small model folders for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def sample_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every kind of tensor that a model folder has, with odd sizes and all dtypes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    return {
+        "model.embed_tokens.weight": rand(50, 33, dtype=torch.bfloat16),
+        "model.layers.0.self_attn.q_proj.weight": rand(7, 33, dtype=torch.bfloat16),
+        "model.layers.0.self_attn.q_proj.bias": rand(7, dtype=torch.bfloat16),
+        "model.layers.0.self_attn.k_proj.weight": rand(64, 128, dtype=torch.float16),
+        "model.layers.0.mlp.up_proj.weight": rand(300, 64),
+        "model.layers.0.mlp.experts.gate_up_proj": rand(3, 10, 33, dtype=torch.bfloat16),
+        "model.layers.0.mlp.gate.weight": rand(3, 33),
+        "model.norm.weight": rand(33),
+        "model.buffer": torch.tensor(7),
+        "model.mask": torch.tensor([True, False, True]),
+        "lm_head.weight": rand(50, 33, dtype=torch.bfloat16),
+    }
+
+
+QUANTIZED = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.mlp.experts.gate_up_proj",
+)
+
+
+def write_folder(folder: Path, tensors: dict[str, torch.Tensor] | None = None, shards: int = 1) -> Path:
+    """A model folder with the given tensors in so many shards, a config and a tokenizer."""
+    tensors = sample_tensors() if tensors is None else tensors
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 33}))
+    (folder / "tokenizer.json").write_text("{}")
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: t for j, (name, t) in enumerate(tensors.items()) if j % shards == i}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    write_index(folder, weight_map)
+    return folder
+
+
+def write_index(folder: Path, weight_map: dict[str, object]) -> None:
+    """model.safetensors.index.json"""
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

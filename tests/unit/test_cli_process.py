@@ -1,0 +1,80 @@
+"""The command as a shell sees it: exit status, what goes to which stream, pipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fourbit.cli import workers
+from tests.folders import write_folder
+
+FOURBIT = [sys.executable, "-m", "fourbit.cli"]
+
+
+def run(*arguments, **options):
+    command = [*FOURBIT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("models") / "src")
+
+
+def test_exit_status(src, tmp_path):
+    done = run("quantize", src, tmp_path / "dst", "--json")
+    assert done.returncode == 0 and done.stderr == ""
+    assert json.loads(done.stdout)["bytes_after"] > 0
+    again = run("quantize", src, tmp_path / "dst")
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith("error: the destination ") and again.stderr.count("\n") == 1
+    assert run("quantize", src).returncode == 2
+    assert run("nonsense").returncode == 2
+
+
+def test_help_and_version():
+    done = run("--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in ("quantize", "inspect", "estimate", "demo"))
+    assert run("--version").stdout.startswith("fourbit 0.")
+
+
+def test_commands_import_nothing_heavy():
+    """The modules of the commands themselves; what `import fourbit` brings is not theirs."""
+    code = (
+        "import sys, types, importlib.util as u\n"
+        "where = u.find_spec('fourbit').submodule_search_locations\n"
+        "package = types.ModuleType('fourbit'); sys.modules['fourbit'] = package\n"
+        "package.__path__ = list(where)\n"
+        "import fourbit.cli.app\n"
+        "print([m for m in ('torch', 'numpy', 'safetensors', 'transformers', 'platformdirs') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_closed_pipe(src):
+    """`fourbit inspect … | head -1` ends without a traceback."""
+    command = f"'{sys.executable}' -m fourbit.cli inspect '{src}' | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+
+
+def test_worker_reports(tmp_path, monkeypatch):
+    """Progress and result come through, whatever else the worker prints."""
+    (tmp_path / "toy_worker.py").write_text(
+        "import sys\n"
+        "from fourbit.cli.workers import Channel\n"
+        "c = Channel(); print('noise'); c.progress(1, 2); c.progress(2, 2)\n"
+        "if sys.argv[1] == 'die': raise ValueError('no luck')\n"
+        "c.result({'answer': 42})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seen = []
+    assert workers.run("toy", "toy_worker", ["live"], lambda *step: seen.append(step)) == {"answer": 42}
+    assert seen == [(1, 2), (2, 2)]
+    with pytest.raises(workers.WorkerError, match="^toy failed: ValueError: no luck$") as failed:
+        workers.run("toy", "toy_worker", ["die"])
+    assert "Traceback" in failed.value.details
