@@ -98,7 +98,7 @@ def quantize_checkpoint(
         staging.check_destination(source, target, overwrite)
         model_config = checkpoint.config  # a broken config.json stops it here, before any work
         planned = plan(source, config, device=device)
-        items = _items(checkpoint, planned)
+        items = output_items(checkpoint, planned)
         metadata = {**checkpoint.metadata, "format": "pt"}
         layouts = shards.arrange(items, metadata, max_shard_bytes)
         staging.check_space(target.parent, sum(len(s.header) + item.nbytes for s in layouts for item in s.items))
@@ -130,7 +130,8 @@ def require_unquantized(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} is quantized already: its config.json says {method}")
 
 
-def _items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item]:
+def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item]:
+    """What each tensor of the source becomes, in the source's order; sizes are exact before anything is read."""
     kind, double = planned.config.quant_type, planned.config.double_quant
     items = [
         shards.quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double)

@@ -75,7 +75,8 @@ def quantized_item(
     """
     state = _shapes_only(torch.Size(shape), dtype, quant_type, blocksize, double_quant)
     packed = (state.numel + 1) // 2
-    wide, narrow = [], []
+    wide: list[Part] = []
+    narrow: list[Part] = []
     json_key, json_bytes = "", 0
     for key, tensor in state.to_state_dict(name + ".").items():
         if META_MARK in key:

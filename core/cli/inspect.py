@@ -46,6 +46,6 @@ def inspect(
     if four:
         totals.add_row("code tables, metadata", "", "", f"{sum(t.table_bytes for t in four):,}", "")
     totals.add_section()
-    cells = (f"{len(found.tensors)}", f"{found.parameters:,}", f"{found.nbytes:,}", f"{found.bits_per_parameter:.6f}")
-    totals.add_row("whole", *cells, style="bold")
+    whole = (f"{len(found.tensors)}", f"{found.parameters:,}", f"{found.nbytes:,}", f"{found.bits_per_parameter:.6f}")
+    totals.add_row("whole", *whole, style="bold")
     console.out.print(totals)

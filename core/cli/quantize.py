@@ -53,11 +53,11 @@ def quantize(
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
     if dry_run:
-        plan = check_and_plan(src, dst, config, where, overwrite)
+        plan, nbytes = check_and_plan(src, dst, config, where, overwrite)
         if as_json:
-            console.print_json({"dry_run": True, **plan.to_dict()})
+            console.print_json({"dry_run": True, "bytes_written": nbytes, **plan.to_dict()})
         else:
-            show_plan(plan)
+            show_plan(plan, nbytes)
     else:
         report = run(src, dst, config, where, overwrite)
         plan = report.plan
@@ -68,9 +68,11 @@ def quantize(
     warn(plan)
 
 
-def check_and_plan(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool) -> QuantPlan:
-    """What would be done, after the checks that do not need the weights."""
-    from fourbit.checkpoint.quantize import require_unquantized
+def check_and_plan(
+    src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool
+) -> tuple[QuantPlan, int]:
+    """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
+    from fourbit.checkpoint.quantize import output_items, require_unquantized
     from fourbit.checkpoint.reader import Checkpoint
     from fourbit.checkpoint.staging import check_destination
     from fourbit.plans import plan
@@ -78,8 +80,9 @@ def check_and_plan(src: Path, dst: Path, config: QuantConfig, device: torch.devi
     source = src.expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
-    check_destination(source, dst.expanduser().resolve(), overwrite)
-    return plan(source, config, device=device)
+        check_destination(source, dst.expanduser().resolve(), overwrite)
+        planned = plan(source, config, device=device)
+        return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
 
 
 def run(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool) -> QuantizeReport:
@@ -95,7 +98,7 @@ def run(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwri
         return quantize_checkpoint(src, dst, config, device=device, overwrite=overwrite, progress=advance)
 
 
-def show_plan(plan: QuantPlan) -> None:
+def show_plan(plan: QuantPlan, nbytes: int) -> None:
     """Every tensor and what would become of it, then the totals."""
     table = console.table(None, "tensor", "action", "rule", "shape", "before", "after", left=3)
     for t in plan.tensors:
@@ -103,7 +106,7 @@ def show_plan(plan: QuantPlan) -> None:
         cells = (console.escape(t.name), t.action, console.escape(t.rule), console.shape(t.shape))
         table.add_row(*cells, f"{t.bytes_before:,}", f"{t.bytes_after:,}", style=style)
     console.out.print(table)
-    show_sizes(plan, plan.bytes_after)
+    show_sizes(plan, nbytes)
     console.out.print("dry run: nothing was written")
 
 

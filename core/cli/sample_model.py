@@ -106,12 +106,14 @@ def _sha256(path: Path) -> str:
 
 def convert(gguf: Path, folder: Path) -> dict[str, int]:
     """Write a GGUF model as a bfloat16 safetensors folder with its tokenizer; returns the parameter count."""
+    from typing import Any
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     # It is in plain float32 now, and save_pretrained refuses while it takes it for a GGUF model.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -69,6 +70,9 @@ def test_dry_run_writes_nothing(src, tmp_path):
         assert name in result.stdout
     value = json.loads(ok("quantize", src, tmp_path / "dst", "--dry-run", "--json").stdout)
     assert value["dry_run"] is True and value["quantized_parameters"] > 0
+    real = json.loads(ok("quantize", src, tmp_path / "real", "--json").stdout)
+    assert value["bytes_written"] == real["bytes_after"]
+    shutil.rmtree(tmp_path / "real")
     assert os.listdir(tmp_path) == ["src"]
     assert run("quantize", src, src, "--dry-run").exit_code == 1
 
