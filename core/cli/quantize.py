@@ -143,7 +143,7 @@ def show_sizes(plan: QuantPlan, total_after: int) -> None:
     table.add_row("whole model", *cells, style="bold")
     console.out.print(table)
     for rule, names in _large_by_choice(plan).items():
-        console.out.print(f"left in 16 bit by rule ({console.escape(rule)}): {console.escape(', '.join(names))}")
+        console.out.print(f"left as they are by rule ({console.escape(rule)}): {console.escape(', '.join(names))}")
 
 
 def _large_by_choice(plan: QuantPlan) -> dict[str, list[str]]:
