@@ -12,6 +12,9 @@ from hypothesis import settings
 # Processes that a test spawns import its module anew, as `tests.…`; last in the path, so that what is installed wins.
 sys.path.append(str(Path(__file__).parents[1]))
 
+# xdist gives its workers a terminal's width, which would break tables that a test reads as a pipe does.
+os.environ.pop("COLUMNS", None)
+
 # No deadline: a shared machine's hiccup is no bug. What an example found stays in .hypothesis/.
 settings.register_profile("fourbit", deadline=None)
 settings.load_profile("fourbit")
