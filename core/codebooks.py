@@ -129,6 +129,8 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 
 
 def _table_on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float32, device=device)  # a constant of the graph
     key = (values, device)
     table = _tables.get(key)
     if table is None:

@@ -119,6 +119,8 @@ def spawn(function, *args):
     mp.spawn(worker, (function, port, *args), nprocs=2)
 
 
+# torch 2.11 wraps every shard in a Parameter that requires a gradient, which integers cannot
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="FSDP2 takes integer parameters with torch 2.13 or newer")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_fsdp2(rows, double_quant, tmp_path):
