@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import NoReturn
 
 import pytest
@@ -13,3 +14,16 @@ def skip_or_fail(reason: str) -> NoReturn:
     if os.environ.get("FOURBIT_REQUIRE_ALL") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def installed(name: str) -> bool:
+    """Whether the distribution `name` is installed.
+
+    Not find_spec, which for "pip" makes setuptools take distutils out of the process: whoever imports setuptools
+    or distutils later in the same process fails.
+    """
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
