@@ -17,7 +17,7 @@ Blocksize = Annotated[
     typer.Option(
         "--blocksize",
         help="Elements that share a scale: a power of two from 32 to 4096.",
-        show_default="of the device's backend: 64 on CPU and CUDA, 128 on ROCm",
+        show_default="that of the device's backend",
     ),
 ]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits too.")]

@@ -46,7 +46,7 @@ def quantize(
 ) -> None:
     """Write a 4-bit copy of the model folder SRC to DST.
 
-    The copy loads in fourbit, transformers with bitsandbytes, peft and vLLM. Embeddings, norms, the output
+    The copy loads in fourbit and in transformers with bitsandbytes. Embeddings, norms, the output
     head and routers stay as they are. Tensors are read and written one at a time, and DST appears only when
     all of it is there.
     """
