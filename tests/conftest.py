@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -24,6 +24,15 @@ settings.load_profile("fourbit")
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:
     torch.set_num_threads(max((os.cpu_count() or 1) // _workers, 1))
-    # Two workers that compile the same code at once: inductor loads what the other has written half of.
-    _cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "fourbit-inductor")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_cache, os.environ["PYTEST_XDIST_WORKER"])
+
+
+@pytest.fixture(autouse=True)
+def _compilers():
+    """peft's BOFT sets CC and CXX to gcc for good, and what torch.compile then builds lacks the C++ library."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
