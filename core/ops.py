@@ -1,4 +1,4 @@
-"""The abstract ops, as torch ops `torch.ops.fourbit.*`: schemas, argument checks, dispatch, fakes, autograd.
+"""The abstract ops, as torch ops `torch.ops.fourbit.*`: schemas, argument checks, and dispatch.
 
 Registered with `Library.define` and `impl` (never `custom_op`, which costs four times as much a call), so
 that torch.compile, FakeTensor and export see each op whole. The eager kernels here check the arguments and
@@ -7,13 +7,13 @@ call the method that the dispatch table holds; hooks are never called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourbit import checks, double_quant
+from fourbit import checks, double_quant, fakes
 from fourbit.registry import miss, table
 
 Optional = Tensor | None
@@ -126,7 +126,7 @@ def _linear_4bit(
             checks.bias("linear_4bit", bias, out_features, x)
         if run is None:
             if x.is_meta:  # the shortcut past torch's dispatcher leads here, where no backend serves
-                return _fake_linear_4bit(x, packed, absmax, code, blocksize, out_features)
+                return fakes.linear_4bit(x, packed, absmax, code, blocksize, out_features)
             run = miss("linear_4bit", key)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -301,106 +301,5 @@ _EAGER = {
 }
 for _name, _kernel in _EAGER.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-# ---- fakes: shapes and dtypes alone -----------------------------------------------------------------------
-
-
-def _blocks(count: Any, blocksize: int) -> Any:
-    return (count + blocksize - 1) // blocksize
-
-
-def _fake_quantize_4bit(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    checks.source("quantize_4bit", "w", w)
-    checks.blocksize("quantize_4bit", blocksize)
-    n = w.numel()
-    absmax = w.new_empty((_blocks(n, blocksize),), dtype=torch.float32)
-    return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), absmax
-
-
-def _fake_dequantize_4bit(
-    packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype, *_: Any
-) -> Tensor:
-    return packed.new_empty(tuple(shape), dtype=dtype)
-
-
-def _fake_linear_4bit(
-    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out_features: int, *_: Any, **__: Any
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _fake_embedding_4bit(
-    ids: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    num_embeddings: int,
-    embedding_dim: int,
-    dtype: torch.dtype,
-    *_: Any,
-) -> Tensor:
-    return ids.new_empty((*ids.shape, embedding_dim), dtype=dtype)
-
-
-def _fake_grouped_linear_4bit(
-    x: Tensor, offsets: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, width: int, *_: Any
-) -> Tensor:
-    return x.new_empty((x.shape[0], width))
-
-
-def _fake_quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    absmax = x.new_empty((_blocks(x.numel(), blocksize),), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.uint8), absmax
-
-
-def _fake_dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> Tensor:
-    return codes.new_empty(codes.shape, dtype=dtype)
-
-
-def _fake_double_quantize(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = absmax.numel()
-    return (
-        absmax.new_empty((n,), dtype=torch.uint8),
-        absmax.new_empty((_blocks(n, double_quant.NESTED_BLOCKSIZE),), dtype=torch.float32),
-        absmax.new_empty((256,), dtype=torch.float32),
-        absmax.new_empty((), dtype=torch.float32),
-    )
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "quantize_4bit": _fake_quantize_4bit,
-    "dequantize_4bit": _fake_dequantize_4bit,
-    "linear_4bit": _fake_linear_4bit,
-    "linear_4bit_grad": _fake_linear_4bit,
-    "embedding_4bit": _fake_embedding_4bit,
-    "grouped_linear_4bit": _fake_grouped_linear_4bit,
-    "grouped_linear_4bit_grad": _fake_grouped_linear_4bit,
-    "quantize_blockwise": _fake_quantize_blockwise,
-    "dequantize_blockwise": _fake_dequantize_blockwise,
-    "double_quantize": _fake_double_quantize,
-}
-
-
-def _on_one_device(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, after a check that no tensor lies elsewhere: a call with one on the meta device comes here too."""
-    names = [argument.name for argument in getattr(torch.ops.fourbit, op).default._schema.arguments]
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        tensors = [(name, t) for name, t in (*zip(names, args, strict=False), *kwargs.items()) if isinstance(t, Tensor)]
-        for name, tensor in tensors:
-            if tensor.device != tensors[0][1].device:
-                # named is the one on meta, since it came by mistake where the rest is real
-                other = next((pair for pair in tensors if pair[1].is_meta), (name, tensor))
-                rest = next(t for _, t in tensors if t.device != other[1].device)
-                checks.wrong_device(op, *other, rest.device)
-        return fake(*args, **kwargs)
-
-    return checked
-
-
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"fourbit::{_name}", _on_one_device(_name, _fake), lib=_library)
+for _name, _fake in fakes.FAKES.items():
+    torch.library.register_fake(f"fourbit::{_name}", fakes.on_one_device(_name, _fake), lib=_library)

@@ -9,7 +9,7 @@ from fourbit.config import QuantConfig
 from fourbit.nn.packed import PackedModule
 
 
-class Embedding4bit(PackedModule, nn.Embedding):
+class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight is a view, not a Parameter
     """A drop-in replacement for nn.Embedding whose table is frozen and stored in 4 bits.
 
     Args:
@@ -79,10 +79,11 @@ class Embedding4bit(PackedModule, nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the table: [*ids.shape, embedding_dim] in the logical dtype."""
         packed, absmax, code, *nested = self.packed_tensors()
-        return torch.ops.fourbit.embedding_4bit(
+        rows: Tensor = torch.ops.fourbit.embedding_4bit(
             *(ids, packed, absmax, code, self.blocksize, self.num_embeddings, self.embedding_dim, self.dtype),
             *nested,
         )
+        return rows
 
     def reset_parameters(self) -> None:
         """Nothing: the table is frozen, and random bits are no initialization."""

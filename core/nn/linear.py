@@ -13,7 +13,7 @@ from fourbit.nn.packed import PackedModule
 _linear_4bit = torch.ops.fourbit.linear_4bit.default
 
 
-class Linear4bit(PackedModule, nn.Linear):
+class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a view, not a Parameter
     """A drop-in replacement for nn.Linear whose weight is frozen and stored in 4 bits.
 
     Args:
@@ -77,7 +77,7 @@ class Linear4bit(PackedModule, nn.Linear):
         compute = self.compute_dtype
         if compute is not None and compute is not dtype:
             x = x.to(compute)
-        bias = self._parameters["bias"]
+        bias: Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype is not x.dtype:
             bias = bias.to(x.dtype)
         if x.shape[-1] != self.in_features:

@@ -101,16 +101,14 @@ class PackedModule(nn.Module):
     def packed_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The ops' arguments packed, absmax, code and nested absmax, code, offset (None: not double-quantized)."""
         # straight from the dicts: nn.Module's attribute look-up costs as much as all the rest
-        parameters, buffers = self._parameters, self._buffers
-        qweight, scales, code = (
-            parameters["qweight"],
-            parameters["scales"],
-            buffers["codebook"].view(_float32),
-        )  # type: ignore[union-attr]
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        qweight, scales = parameters["qweight"], parameters["scales"]
+        code = buffers["codebook"].view(_float32)
         if not self.double_quant:
-            return qweight, scales.view(_float32), code, None, None, None  # type: ignore[union-attr, return-value]
-        nested = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)  # type: ignore[union-attr]
-        return (qweight, scales, code, *nested)  # type: ignore[return-value]
+            return qweight, scales.view(_float32), code, None, None, None
+        a, b, c = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
+        return qweight, scales, code, a, b, c
 
     def quant_state(self) -> tuple[Tensor, QuantState]:
         """`(packed, state)`, sharing the module's storage."""
@@ -168,7 +166,7 @@ class PackedModule(nn.Module):
             self.nested_offset.copy_(_bits(state.nested_offset.reshape(1)))  # type: ignore[operator]
 
     @property
-    def weight(self) -> WeightView:  # type: ignore[override]
+    def weight(self) -> WeightView:
         """A throw-away tensor of the logical shape and dtype: reading dequantizes, writing requantizes."""
         return WeightView(self)
 
@@ -199,7 +197,7 @@ class PackedModule(nn.Module):
 
         # what does `fn` do to a floating-point weight? Then that is the logical dtype from here on.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
-        result = super()._apply(keep_bits, recurse)
+        result = super()._apply(keep_bits, recurse)  # type: ignore[no-untyped-call]
         self._set_dtype(probe.dtype)
         return result
 

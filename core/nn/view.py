@@ -46,9 +46,9 @@ class WeightView(Tensor):
     def __init__(self, holder: PackedModule, expert: int | None = None) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         part = "" if self.expert is None else f"[{self.expert}]"
-        return f"WeightView({list(self.shape)}, {self.dtype}, of {self.holder._get_name()}{part})"
+        return f"WeightView({list(self.shape)}, {self.dtype}, of {type(self.holder).__name__}{part})"
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as an ordinary tensor."""
@@ -58,7 +58,7 @@ class WeightView(Tensor):
         packed, absmax, code, *nested = op_arguments
         row = torch.tensor([self.expert], device=packed.device)
         count, size = self.holder.weight_shape[0], self.numel()
-        w = torch.ops.fourbit.embedding_4bit(
+        w: Tensor = torch.ops.fourbit.embedding_4bit(
             *(row, packed, absmax, code, self.holder.blocksize, count, size),
             *(self.dtype if dtype is None else dtype, *nested),
         )
@@ -73,13 +73,14 @@ class WeightView(Tensor):
         whole[self.expert] = w
         self.holder.store(whole)
 
-    def _op_weight(self) -> tuple[Any, ...] | None:
+    def _op_weight(self) -> grouped.Weight | None:
         """The leading op arguments (packed, absmax, code, blocksize) and the nested ones; None if not sliceable."""
         packed, absmax, code, *nested = self.holder.packed_tensors()
-        weight = (packed, absmax, code, self.holder.blocksize)
+        a, b, c = nested
+        weight = (packed, absmax, code, self.holder.blocksize, a, b, c)
         if self.expert is None:
-            return (*weight, *nested)
-        return grouped.slice_expert((*weight, *nested), self.expert, self.numel())
+            return weight
+        return grouped.slice_expert(weight, self.expert, self.numel())
 
     @classmethod
     def __torch_function__(
@@ -94,7 +95,7 @@ class WeightView(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
