@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fourbit.checkpoint import layout, shards, staging, writer
+from fourbit.checkpoint.build import Progress
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.quantize import Progress
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
 

@@ -14,6 +14,7 @@ from fourbit.cli.dequantize import dequantize
 from fourbit.cli.estimate import estimate
 from fourbit.cli.inspect import inspect
 from fourbit.cli.quantize import quantize
+from fourbit.cli.verify import verify
 
 app = typer.Typer(
     name="fourbit",
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # errors.py shows them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, dequantize, inspect, compare, estimate, backends, demo):
+for command in (quantize, dequantize, inspect, verify, compare, estimate, backends, demo):
     # one line a paragraph, for the terminal to break
     text = "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
     app.command(help=text)(errors.reported(command))
