@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.checkpoint import layout, shards, staging, writer
-from fourbit.checkpoint.build import Progress
+from fourbit.checkpoint import shards
+from fourbit.checkpoint.build import Job, Progress, build
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
+from fourbit.state import QuantState, dtype_name
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class DequantizeReport:
         bytes_before: of the source's tensors, code tables and metadata included.
         bytes_after: of the tensors written.
         copied: other files carried over; left_out: files with weights in other forms, which were not.
+        resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
     """
 
@@ -41,6 +43,7 @@ class DequantizeReport:
     bytes_after: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
+    resumed_bytes: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +58,7 @@ class DequantizeReport:
             "bytes_after": self.bytes_after,
             "copied": list(self.copied),
             "left_out": list(self.left_out),
+            "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
         }
 
@@ -66,13 +70,14 @@ def dequantize_checkpoint(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> DequantizeReport:
     """Write a copy of the 4-bit model folder `src` to `dst` whose weights are plain 16- or 32-bit tensors.
 
-    `quantization_config` leaves config.json; other files are carried over. In memory are one weight in 4 bits
-    and the same weight dequantized.
+    `quantization_config` leaves config.json; other files are carried over. Reading,
+    dequantizing and writing overlap; in memory are a few weights at a time.
 
     Args:
         src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file.
@@ -80,41 +85,45 @@ def dequantize_checkpoint(
         dtype: float32, bfloat16 or float16 for the 4-bit weights; None: for each the one that was quantized.
             Other tensors keep theirs.
         device: where to dequantize.
-        overwrite: replace `dst` if it is a model folder already; until the new one is complete it stays.
+        overwrite: replace `dst` if it is a model folder already; until the new one is complete it stays. Begin
+            afresh if there is an unfinished folder.
+        resume: continue an unfinished folder if there is one; the bytes are those of an uninterrupted run.
         progress: called after each tensor.
         max_shard_bytes: size at which the next weight file is begun.
 
     Raises:
-        CheckpointError: the source is malformed or has no 4-bit weight, or the destination cannot be written.
+        CheckpointError: the source is malformed or has no 4-bit weight, the destination exists or cannot
+            be written, or there is an unfinished folder and neither `resume` nor `overwrite`.
         NonFiniteError: a weight dequantizes to NaN or Inf, or overflows `dtype`; nothing is left behind.
+        ValueError: both `overwrite` and `resume`.
     """
     begin = time.perf_counter()
+    if overwrite and resume:
+        raise ValueError("dequantize_checkpoint: overwrite begins afresh and resume does not: want one of them")
     source, target = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_quantized(checkpoint)
-        staging.check_destination(source, target, overwrite)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         items = output_items(checkpoint, dtype)
-        layouts = shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes)
-        staging.check_space(target.parent, sum(len(s.header) + item.nbytes for s in layouts for item in s.items))
-        with staging.staged_folder(target, overwrite) as folder:
-            _write_weights(checkpoint, folder, layouts, torch.device(device), progress)
-            copied: list[str] = []
-            left_out: list[str] = []
-            if source.is_dir():
-                copied, left_out = writer.copy_other_files(source, folder)
-                used = {file.name for file in checkpoint.files} | {layout.INDEX_FILE}
-                left_out = [name for name in left_out if name not in used]
-            if config:
-                writer.write_json(folder / layout.CONFIG_FILE, config)
-            check_written(folder, items)
-        quantized = checkpoint.quantized()
-        names = [item.source for item in items]
-        return DequantizeReport(
-            *(source, target, tuple(n for n in names if n in quantized), tuple(n for n in names if n not in quantized)),
-            *(tuple(s.file for s in layouts), checkpoint.nbytes, sum(item.nbytes for item in items)),
-            *(tuple(copied), tuple(left_out), time.perf_counter() - begin),
+        where = torch.device(device)
+        job = Job(
+            checkpoint=checkpoint,
+            target=target,
+            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes),
+            settings={"dequantize": "the stored types" if dtype is None else dtype_name(dtype)},
+            config=config or None,
+            read=lambda item: _read(checkpoint, item),
+            convert=lambda item, content: {item.source: _plain(item, content, where)},
+            source_bytes=lambda item: _source_bytes(checkpoint, item),
         )
+        built = build(job, overwrite=overwrite, resume=resume, progress=progress)
+        quantized = checkpoint.quantized()
+    names = [item.source for item in items]
+    return DequantizeReport(
+        *(source, target, tuple(n for n in names if n in quantized), tuple(n for n in names if n not in quantized)),
+        *(tuple(s.file for s in job.layouts), checkpoint.nbytes, sum(item.nbytes for item in items)),
+        *(built.copied, built.left_out, built.resumed_bytes, time.perf_counter() - begin),
+    )
 
 
 def require_quantized(checkpoint: Checkpoint) -> None:
@@ -144,31 +153,25 @@ def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> li
     return items
 
 
-def _write_weights(
-    checkpoint: Checkpoint,
-    folder: Path,
-    layouts: list[shards.Shard],
-    device: torch.device,
-    progress: Progress | None,
-) -> None:
-    done, total = 0, sum(item.nbytes for shard in layouts for item in shard.items)
-    for shard in layouts:
-        with writer.atomic_file(folder / shard.file) as stream:
-            shard_writer = writer.ShardWriter(stream, shard)
-            for item in shard.items:
-                shard_writer.write(item, {item.source: _plain(checkpoint, item, device)})
-                done += item.nbytes
-                if progress is not None:
-                    progress(item.source, done, total)
-    if len(layouts) > 1:
-        writer.write_json(folder / layout.INDEX_FILE, shards.index(layouts))
+Content = Tensor | tuple[Tensor, QuantState]
 
 
-def _plain(checkpoint: Checkpoint, item: shards.Item, device: torch.device) -> Tensor:
+def _source_bytes(checkpoint: Checkpoint, item: shards.Item) -> int:
+    parts = (item.source, *checkpoint.quantized().get(item.source, ()))
+    return sum(checkpoint.info(name).nbytes for name in parts)
+
+
+def _read(checkpoint: Checkpoint, item: shards.Item) -> Content:
+    if item.source in checkpoint.quantized():
+        return checkpoint.read_4bit(item.source)
+    return checkpoint.read(item.source)
+
+
+def _plain(item: shards.Item, content: Content, device: torch.device) -> Tensor:
     """The tensor of one item, on the CPU, in the layout's dtype."""
-    if item.source not in checkpoint.quantized():
-        return checkpoint.read(item.source)
-    packed, state = checkpoint.read_4bit(item.source)
+    if isinstance(content, Tensor):
+        return content
+    packed, state = content
     weight = dequantize_4bit(packed.to(device), state.to(device), item.parts[0].dtype)
     try:
         require_finite(weight, item.source)
@@ -176,13 +179,3 @@ def _plain(checkpoint: Checkpoint, item: shards.Item, device: torch.device) -> T
         found = str(error).partition(";")[0]
         raise NonFiniteError(f"{found} after dequantizing: its scales are not finite, or overflow the dtype") from None
     return weight.cpu()
-
-
-def check_written(folder: Path, items: list[shards.Item]) -> None:
-    """Open the result as a stranger would, and compare names, dtypes and shapes with the layout."""
-    with Checkpoint(folder) as written:
-        want = {part.name: (part.dtype, part.shape) for item in items for part in item.parts}
-        have = {name: (info.dtype, info.shape) for name, info in written.entries.items()}
-        if want != have:
-            wrong = min(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-            raise CheckpointError(f"{folder}: reading back what was written failed at {wrong!r}")

@@ -26,16 +26,24 @@ def dequantize(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to dequantize: cpu, cuda, cuda:1 …")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it is a model folder.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--overwrite",
+            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder.",
+            show_default="neither: an error if DST or an interrupted run is there",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write a copy of the 4-bit model folder SRC to DST with plain 16- or 32-bit weights.
 
     The copy loads wherever a model that was never quantized does; the precision that quantizing took away does
-    not come back. Tensors that were not in 4 bits are carried over byte for byte. Tensors are read and written
-    one at a time, and DST appears only when all of it is there.
+    not come back. Tensors that were not in 4 bits are carried over byte for byte. DST appears only when all of
+    it is there and was read back; an interrupted run can be continued with --resume.
     """
     from fourbit.checkpoint.dequantize import dequantize_checkpoint
+    from fourbit.checkpoint.staging import unfinished_folder
     from fourbit.config import as_compute_dtype
 
     try:
@@ -43,13 +51,19 @@ def dequantize(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error).replace("compute_dtype", "--dtype")) from None
     where = options.device(device)
+    choice = {"overwrite": resume is False, "resume": resume is True}
     with console.byte_progress() as bar:
         task = bar.add_task("dequantizing", total=None)
 
         def advance(name: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        report = dequantize_checkpoint(src, dst, dtype=kind, device=where, overwrite=overwrite, progress=advance)
+        try:
+            report = dequantize_checkpoint(src, dst, dtype=kind, device=where, progress=advance, **choice)
+        except KeyboardInterrupt:
+            if unfinished_folder(dst.expanduser().resolve()).is_dir():
+                raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
+            raise
     if as_json:
         console.print_json(report.to_dict())
     else:
@@ -63,6 +77,9 @@ def show(report: DequantizeReport) -> None:
         f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
         soft_wrap=True,
     )
+    if report.resumed_bytes:
+        done = f"{console.size(report.resumed_bytes)} of {console.size(report.bytes_before)}"
+        console.note(f"resumed: an earlier run had done {done}")
     if report.left_out:
         console.note(f"not copied, since they hold weights in another form: {', '.join(report.left_out)}")
     console.out.print(

@@ -13,6 +13,7 @@ import fourbit
 from fourbit.checkpoint import Checkpoint, CheckpointError, staging
 from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
+from fourbit.checkpoint.verify import verify_checkpoint
 from tests.folders import QUANTIZED, sample_tensors, write_folder
 
 
@@ -37,7 +38,7 @@ def test_values(packed, tmp_path, dtype, max_shard_bytes):
     )
     assert set(report.dequantized) == set(QUANTIZED) and set(report.carried) == set(tensors) - set(QUANTIZED)
     assert (len(report.files) == 1) == (max_shard_bytes == 10**9)
-    assert seen[-1][1] == seen[-1][2] == report.bytes_after
+    assert seen[-1][1] == seen[-1][2] == report.bytes_before
     with Checkpoint(tmp_path / "dst") as written, Checkpoint(packed) as source:
         assert set(written.entries) == set(tensors) and not written.quantized()
         assert report.bytes_after == written.nbytes and report.bytes_before == source.nbytes
@@ -86,7 +87,7 @@ def test_single_file(tmp_path):
     packed, state = fourbit.quantize_4bit(torch.randn(7, 33))
     save_file({"w": packed, **state.to_state_dict("w.")}, tmp_path / "a.safetensors")
     dequantize_checkpoint(tmp_path / "a.safetensors", tmp_path / "dst")
-    assert os.listdir(tmp_path / "dst") == ["model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "dst")) == ["fourbit_manifest.json", "model.safetensors"]
 
 
 def test_plain_source(tmp_path):
@@ -120,11 +121,25 @@ def test_destination(packed, tmp_path):
             dequantize_checkpoint(packed, bad, overwrite=True)
 
 
-def test_interrupted_leaves_nothing(packed, tmp_path):
-    def interrupt(name, done, total):
-        assert [name for name in os.listdir(tmp_path) if name.endswith(staging.UNFINISHED)]
-        raise KeyboardInterrupt
+def test_interrupted_and_resumed(packed, tmp_path):
+    """What is there after an interruption is no finished folder, and resuming gives the same bytes."""
 
+    def interrupt(name, done, total):
+        if done > total // 4:
+            raise KeyboardInterrupt
+
+    dst = tmp_path / "dst"
     with pytest.raises(KeyboardInterrupt):
-        dequantize_checkpoint(packed, tmp_path / "dst", progress=interrupt)
-    assert sorted(os.listdir(tmp_path)) == ["packed", "src"]
+        dequantize_checkpoint(packed, dst, progress=interrupt, max_shard_bytes=9000)
+    assert not dst.exists() and staging.unfinished_folder(dst).is_dir()
+    with pytest.raises(CheckpointError, match="an unfinished run"):
+        dequantize_checkpoint(packed, dst, max_shard_bytes=9000)
+    with pytest.raises(CheckpointError, match="dequantize is float32, was the stored types"):
+        dequantize_checkpoint(packed, dst, resume=True, dtype=torch.float32, max_shard_bytes=9000)
+    report = dequantize_checkpoint(packed, dst, resume=True, max_shard_bytes=9000)
+    assert 0 < report.resumed_bytes <= report.bytes_before  # some may be written by the time it stops
+    dequantize_checkpoint(packed, tmp_path / "whole", max_shard_bytes=9000)
+    for file in sorted(os.listdir(dst)):
+        assert (dst / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["dst", "packed", "src", "whole"]
+    assert verify_checkpoint(dst).ok
