@@ -31,7 +31,7 @@ def of_source(checkpoint: Checkpoint) -> dict[str, Any]:
     names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
     if folder is not None:
         extra = [layout.CONFIG_FILE, layout.INDEX_FILE, *other_files(folder)[0]]
-        names |= {name: folder / name for name in extra if (folder / name).exists()}
+        names |= {name: folder / name for name in extra if (folder / name).is_file()}  # no pipe
     return {name: _of_file(names[name], name) for name in sorted(names)}
 
 

@@ -13,6 +13,7 @@ FOURBIT_FUZZ_CASES sets how many folders in all, FOURBIT_FUZZ_SECONDS goes on fo
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from fourbit.checkpoint.compare import compare_checkpoints
 from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.inspect import inspect_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
+from fourbit.checkpoint.verify import verify_checkpoint
 from tests.fuzz import guards, material, mutations, oracle
 
 CASES = int(os.environ.get("FOURBIT_FUZZ_CASES", "20700"))
@@ -61,6 +63,34 @@ def test_mutated(place, family):
             number += 1
     print(f"{family}: {number} cases, {dict(outcomes)}")
     assert outcomes["refused"] > number // 4, outcomes
+
+
+@pytest.mark.slow
+def test_with_manifest_nothing_passes(place):
+    """Of a folder with a manifest any file is broken anywhere: it verifies only if it says the same as before."""
+    sound, folder = place / "sound", place / "broken"
+    write(material.Case(dict(material.bases()["plain-shards"])), place / "src")
+    quantize_checkpoint(place / "src", sound, CONFIG, max_shard_bytes=1500)
+    files = {path.name: path.read_bytes() for path in sound.iterdir()}
+    want, ok = oracle.contents(sound), 0
+    assert verify_checkpoint(sound).ok and len(files) > 4
+    for number in range(EACH):
+        rng = random.Random(number)
+        name = rng.choice(sorted(files))
+        data = material.garble(rng, files[name])
+        if data == files[name]:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        write(material.Case({**files, name: data}), folder)
+        what = f"case {number}: {name} broken"
+        with guards.no_hang(place / "running", what):
+            if verify_checkpoint(folder).ok:
+                ok += 1
+                assert oracle.contents(folder) == want, what
+                others = {n: (folder / n).read_bytes() for n in ("config.json", "tokenizer.json")}
+                assert others == {n: files[n] for n in others}, what
+    print(f"{ok} of {EACH} verify, and say the same")
+    assert ok < EACH // 10
 
 
 def check(place: Path, case: material.Case, label: str) -> str:
@@ -112,6 +142,8 @@ def run(src: Path, root: Path, what: str) -> str:
     assert (listed is None) or want is None or {t.name for t in listed.tensors} == set(want), what
     compared = attempt(what, lambda: compare_checkpoints(src, src))
     assert compared is None or found is not None, f"{what}: compared, and cannot be read"
+    checked = verify_checkpoint(src)
+    assert not checked.ok or found is not None, f"{what}: verified, and cannot be read"
     converted = False
     for action in (quantize_checkpoint, dequantize_checkpoint):
         out = root / "out"
