@@ -120,9 +120,17 @@ def dequantize_checkpoint(
         quantized = checkpoint.quantized()
     names = [item.source for item in items]
     return DequantizeReport(
-        *(source, target, tuple(n for n in names if n in quantized), tuple(n for n in names if n not in quantized)),
-        *(tuple(s.file for s in job.layouts), checkpoint.nbytes, sum(item.nbytes for item in items)),
-        *(built.copied, built.left_out, built.resumed_bytes, time.perf_counter() - begin),
+        source=source,
+        destination=target,
+        dequantized=tuple(name for name in names if name in quantized),
+        carried=tuple(name for name in names if name not in quantized),
+        files=tuple(shard.file for shard in job.layouts),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=sum(item.nbytes for item in items),
+        copied=built.copied,
+        left_out=built.left_out,
+        resumed_bytes=built.resumed_bytes,
+        seconds=time.perf_counter() - begin,
     )
 
 
