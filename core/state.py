@@ -248,7 +248,9 @@ def _parse_meta(key: str, tensor: Tensor) -> dict[str, Any]:
     if tensor.numel() > MAX_META_BYTES:
         raise ValueError(f"{key}: {tensor.numel()} bytes of JSON, more than {MAX_META_BYTES}")
     try:
-        meta = json.loads(bytes(tensor.tolist()).decode("utf-8"), parse_constant=_no_constant)
+        meta = json.loads(
+            bytes(tensor.tolist()).decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}: not valid JSON: {error}") from error
     if not isinstance(meta, dict):
@@ -281,6 +283,14 @@ def _parse_meta(key: str, tensor: Tensor) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no name is there twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a name twice in an object")
+    return found
 
 
 def _short(value: object) -> str:

@@ -1,7 +1,7 @@
 """Model folders of safetensors: reading them, quantizing them tensor by tensor, saying what is in them.
 
-`reader` opens a folder (ours, bitsandbytes', or plain), `writer` writes one that is never half there,
-`quantize` goes from one to the other, and `inspect` lists what a folder holds.
+`reader` opens a folder (ours, bitsandbytes', or plain), `build` writes one that is never half there and can be
+resumed, `quantize` goes from one to the other, `inspect` lists what a folder holds, `verify` checks it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,15 @@
-"""The error of this package: a checkpoint that cannot be used, in one line that names the file."""
+"""The errors of this package: a checkpoint that cannot be used, in one line that names the file."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
     """A checkpoint is malformed, incomplete or not what was asked for; the message names what it is about."""
+
+
+class LayoutError(CheckpointError):
+    """What was made of a tensor is not what the plan said: no later run would do better."""
+
+
+class SourceChangedError(CheckpointError):
+    """The source changed while it was read, so that what was written is of no use."""

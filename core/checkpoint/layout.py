@@ -15,6 +15,7 @@ from fourbit.checkpoint.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+MANIFEST_FILE = "fourbit_manifest.json"
 MAX_JSON_BYTES = 1 << 28
 """Longest JSON file that is read; an index of a million tensors has about 100 MB."""
 
@@ -64,9 +65,26 @@ def _from_index(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             )
     files = [path.parent / file for file in sorted(set(weight_map.values()))]
     for file_path in files:
-        if not file_path.is_file():
+        if not _is_file(file_path):
             raise CheckpointError(f"{path} names the shard {file_path.name}, which is missing")
     return files, weight_map
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file; a name that the system refuses, such as one too long, is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object in which a name is there twice is an error. Readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"it has the name {name[:80]!r} twice in an object")
+    return found
 
 
 def is_plain_name(name: str) -> bool:
@@ -81,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {size} bytes, more than a JSON file of a checkpoint ever has")
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_names)
     except CheckpointError:
         raise
     except OSError as error:

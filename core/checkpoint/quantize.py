@@ -1,12 +1,12 @@
 """Quantizing a model folder tensor by tensor, so that the model never has to fit in memory.
 
-The plan decides, `shards` lays the files out, `staging` makes the result appear all at once.
+The plan decides and `shards` lays the files out; `build` writes them, so that it can be interrupted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.checkpoint import layout, shards, staging, writer
+from fourbit import codebooks
+from fourbit.checkpoint import shards
+from fourbit.checkpoint.build import Job, Progress, build
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.config import QuantConfig
 from fourbit.functional import quantize_4bit, require_finite
 from fourbit.plans import QuantPlan, plan
 from fourbit.state import dtype_name
-
-Progress = Callable[[str, int, int], None]
-"""Called after each tensor with its name, the source bytes done so far, and all source bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class QuantizeReport:
         bytes_before: of the source's tensors.
         bytes_after: of the tensors written, code tables and metadata included.
         copied: other files carried over; left_out: files with weights in other forms, which were not.
+        resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
     """
 
@@ -48,6 +48,7 @@ class QuantizeReport:
     bytes_after: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
+    resumed_bytes: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +61,7 @@ class QuantizeReport:
             "bytes_after": self.bytes_after,
             "copied": list(self.copied),
             "left_out": list(self.left_out),
+            "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
             "plan": self.plan.to_dict(),
         }
@@ -72,6 +74,7 @@ def quantize_checkpoint(
     *,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     max_shard_bytes: int = shards.MAX_SHARD_BYTES,
 ) -> QuantizeReport:
@@ -82,41 +85,59 @@ def quantize_checkpoint(
         dst: the new folder. It is there only once it is complete.
         config: how to quantize; default QuantConfig().
         device: where to quantize.
-        overwrite: replace `dst` if it is a model folder already; until the new one is complete it stays.
+        overwrite: replace `dst` if it is a model folder already; until the new one is complete it stays. Begin
+            afresh if there is an unfinished folder.
+        resume: continue an unfinished folder if there is one; the bytes are those of an uninterrupted run. A
+            `dst` that such a run has finished is left as it is.
         progress: called after each tensor.
         max_shard_bytes: size at which the next weight file is begun.
 
     Raises:
-        CheckpointError: the source is malformed or quantized already, or the destination cannot be written.
+        CheckpointError: the source is malformed or quantized already or changes meanwhile, the destination
+            exists or cannot be written, or there is an unfinished folder and neither `resume` nor `overwrite`.
         NonFiniteError: a weight has NaN or Inf; its name and index are given, and nothing is left behind.
+        ValueError: both `overwrite` and `resume`.
     """
     begin = time.perf_counter()
+    if overwrite and resume:
+        raise ValueError("quantize_checkpoint: overwrite begins afresh and resume does not: want one of them")
     config = config or QuantConfig()
     source, target = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
-        staging.check_destination(source, target, overwrite)
         model_config = checkpoint.config  # a broken config.json stops it here, before any work
         planned = plan(source, config, device=device)
         items = output_items(checkpoint, planned)
-        metadata = {**checkpoint.metadata, "format": "pt"}
-        layouts = shards.arrange(items, metadata, max_shard_bytes)
-        staging.check_space(target.parent, sum(len(s.header) + item.nbytes for s in layouts for item in s.items))
-        with staging.staged_folder(target, overwrite) as folder:
-            _write_weights(checkpoint, folder, layouts, planned, torch.device(device), progress)
-            copied: list[str] = []
-            left_out: list[str] = []
-            if source.is_dir():
-                copied, left_out = writer.copy_other_files(source, folder)
-                used = {file.name for file in checkpoint.files} | {layout.INDEX_FILE}
-                left_out = [name for name in left_out if name not in used]
-            entry = quantization_config(planned)
-            writer.write_json(folder / layout.CONFIG_FILE, {**model_config, "quantization_config": entry})
-            _check_written(folder, items)
+        where = torch.device(device)
+        job = Job(
+            checkpoint=checkpoint,
+            target=target,
+            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes),
+            settings=_settings(planned),
+            config={**model_config, "quantization_config": quantization_config(planned)},
+            read=lambda item: checkpoint.read(item.source),
+            convert=lambda item, tensor: _converted(tensor, item, planned, where),
+            source_bytes=lambda item: checkpoint.info(item.source).nbytes,
+        )
+        built = build(job, overwrite=overwrite, resume=resume, progress=progress)
     return QuantizeReport(
-        *(source, target, planned, tuple(s.file for s in layouts), checkpoint.nbytes),
-        *(sum(item.nbytes for item in items), tuple(copied), tuple(left_out), time.perf_counter() - begin),
+        *(source, target, planned, tuple(s.file for s in job.layouts), checkpoint.nbytes),
+        *(sum(item.nbytes for item in items), built.copied, built.left_out, built.resumed_bytes),
+        time.perf_counter() - begin,
     )
+
+
+def _settings(planned: QuantPlan) -> dict[str, Any]:
+    """All that determines the output beside the source, as JSON values."""
+    config = planned.config
+    code = codebooks.get(config.quant_type)
+    return {
+        "quant_type": code.name,
+        "codebook": list(code.values),
+        "blocksize": planned.blocksize,
+        "double_quant": config.double_quant,
+        "quantization_config": quantization_config(planned),
+    }
 
 
 def require_unquantized(checkpoint: Checkpoint) -> None:
@@ -145,28 +166,6 @@ def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item
             raise CheckpointError(f"{checkpoint.path}: the name {part.name!r} is needed for a 4-bit weight's state")
         names.add(part.name)
     return items
-
-
-def _write_weights(
-    checkpoint: Checkpoint,
-    folder: Path,
-    layouts: list[shards.Shard],
-    planned: QuantPlan,
-    device: torch.device,
-    progress: Progress | None,
-) -> None:
-    done, total = 0, checkpoint.nbytes
-    for shard in layouts:
-        with writer.atomic_file(folder / shard.file) as stream:
-            shard_writer = writer.ShardWriter(stream, shard)
-            for item in shard.items:
-                tensor = checkpoint.read(item.source)
-                shard_writer.write(item, _converted(tensor, item, planned, device))
-                done += checkpoint.info(item.source).nbytes
-                if progress is not None:
-                    progress(item.source, done, total)
-    if len(layouts) > 1:
-        writer.write_json(folder / layout.INDEX_FILE, shards.index(layouts))
 
 
 def _converted(tensor: Tensor, item: shards.Item, planned: QuantPlan, device: torch.device) -> Mapping[str, Tensor]:
@@ -200,13 +199,3 @@ def quantization_config(planned: QuantPlan) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": list(dict.fromkeys(["lm_head", *skipped])),
     }
-
-
-def _check_written(folder: Path, items: list[shards.Item]) -> None:
-    """Open the result as a stranger would, and compare names, dtypes and shapes with the layout."""
-    with Checkpoint(folder) as written:
-        want = {part.name: (part.dtype, part.shape) for item in items for part in item.parts}
-        have = {name: (info.dtype, info.shape) for name, info in written.entries.items()}
-        if want != have:
-            wrong = min(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-            raise CheckpointError(f"{folder}: reading back what was written failed at {wrong!r}")

@@ -5,6 +5,8 @@ It reads plain 16-bit folders, ours and those of bitsandbytes. Nothing in a file
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +49,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """What safetensors calls each dtype in a header."""
 
+READ_BYTES = 1 << 24
+"""Most that is asked of the system at once."""
+
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -60,6 +65,7 @@ class TensorInfo:
         shape: as stored; a packed 4-bit weight has [ceil(n/2), 1].
         file: that it is in.
         nbytes: of its data.
+        offset: of its first byte, from the beginning of the file.
     """
 
     name: str
@@ -67,6 +73,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
     nbytes: int
+    offset: int
 
     @property
     def numel(self) -> int:
@@ -92,7 +99,6 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.files, self._weight_map = layout.find_files(self.path)
-        self._open: dict[Path, Any] = {}
         self.metadata: dict[str, str] = {}
         self.entries: dict[str, TensorInfo] = {info.name: info for file in self.files for info in self._scan(file)}
         missing = next((n for n in self._weight_map or () if n not in self.entries), None)
@@ -103,28 +109,21 @@ class Checkpoint:
         self._quantized = self._find_quantized()
 
     def _scan(self, file: Path) -> Iterator[TensorInfo]:
-        handle = self._handle(file)
-        self.metadata |= handle.metadata() or {}
-        for name in handle.keys():  # noqa: SIM118  (it is no mapping)
+        header, data_begin = read_header(file)
+        self.metadata |= header.pop("__metadata__", None) or {}
+        # in the order of the data: a disk reads it in one go
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             # a tensor in two shards: the index decides
             if self._weight_map is not None and self._weight_map.get(name, file.name) != file.name:
                 continue
-            view = handle.get_slice(name)
-            dtype = DTYPES.get(view.get_dtype())
+            dtype = DTYPES.get(entry["dtype"])
             if dtype is None:
-                raise CheckpointError(f"{file}: tensor {name!r} has the unsupported type {view.get_dtype()}")
-            shape = tuple(view.get_shape())
-            yield TensorInfo(name, dtype, shape, file, prod(shape) * dtype.itemsize)
-
-    def _handle(self, file: Path) -> Any:
-        handle = self._open.get(file)
-        if handle is None:
-            try:
-                handle = safe_open(str(file), framework="pt")
-            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
-            self._open[file] = handle
-        return handle
+                raise CheckpointError(f"{file}: tensor {name!r} has the unsupported type {entry['dtype']}")
+            begin, end = entry["data_offsets"]
+            info = TensorInfo(name, dtype, tuple(entry["shape"]), file, end - begin, data_begin + begin)
+            if info.nbytes != info.numel * dtype.itemsize:
+                raise CheckpointError(f"{file}: tensor {name!r} has {info.nbytes} bytes, not what its shape needs")
+            yield info
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -148,11 +147,14 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor as stored, on the CPU. Raises CheckpointError, naming the tensor."""
         info = self.info(name)
-        try:
-            tensor: Tensor = self._handle(info.file).get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{info.file}: tensor {name!r} cannot be read: {error}") from error
-        return tensor
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes:
+            try:
+                _read_into(info, buffer.numpy().data)
+            except OSError as error:
+                reason = error.strerror or error
+                raise CheckpointError(f"{info.file}: tensor {name!r} cannot be read: {reason}") from error
+        return buffer.view(info.dtype).view(info.shape)
 
     def _find_quantized(self) -> dict[str, tuple[str, ...]]:
         weights = dict.fromkeys(name.partition(META_MARK)[0] for name in self.entries if META_MARK in name)
@@ -165,6 +167,10 @@ class Checkpoint:
             if name not in self.entries:
                 raise CheckpointError(f"{self.path}: {parts[name][0]!r} is there and the weight {name!r} is not")
         return {name: tuple(keys) for name, keys in parts.items()}
+
+    def unlisted(self) -> list[str]:
+        """Names of tensors that are in a shard though the index, if there is one, does not list them."""
+        return [name for name in self.entries if self._weight_map is not None and name not in self._weight_map]
 
     def quantized(self) -> Mapping[str, tuple[str, ...]]:
         """The names of the 4-bit weights, each with the names of the tensors that hold its state."""
@@ -220,8 +226,7 @@ class Checkpoint:
         return entry
 
     def close(self) -> None:
-        """Close the files. What was read stays valid, and reading again opens them again."""
-        self._open.clear()
+        """No file stays open between two reads; this is for symmetry with other readers."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -231,3 +236,36 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self.entries)} tensors, {len(self.files)} files)"
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begins.
+
+    safetensors itself checks it (no holes, no overlaps, nothing beyond the file's end) before it is used here.
+    Raises CheckpointError, naming the file.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            names = set(handle.keys())
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > os.fstat(stream.fileno()).st_size:
+                raise ValueError("it changes while it is read")
+            header = json.loads(stream.read(length), object_pairs_hook=layout.unique_names)
+    except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+    if header.keys() - {"__metadata__"} != names:
+        raise CheckpointError(f"{file} cannot be read as safetensors: its header is ambiguous")
+    return header, 8 + length
+
+
+def _read_into(info: TensorInfo, target: memoryview) -> None:
+    """Plain reads: pages of a mapped file would count as this process's memory."""
+    with open(info.file, "rb", buffering=0) as stream:
+        stream.seek(info.offset)
+        done = 0
+        while done < info.nbytes:
+            count = stream.readinto(target[done : done + READ_BYTES])
+            if not count:
+                raise OSError(f"it ends {info.nbytes - done} bytes early; the file has become shorter")
+            done += count

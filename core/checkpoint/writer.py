@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint import layout
+from fourbit.checkpoint.errors import CheckpointError, LayoutError
 from fourbit.checkpoint.reader import META_MARK
 from fourbit.checkpoint.shards import Item, Part, Shard
+
+CHUNK_BYTES = 1 << 22
 
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".ot"),
@@ -28,35 +32,59 @@ _WEIGHT_SUFFIXES = (
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to; it is under its name only once all of it is on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "xb") as stream:
+    with open(temporary, "wb") as stream:
         yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush_to_disk(stream)
     os.replace(temporary, path)
+
+
+def flush_to_disk(stream: IO[bytes]) -> None:
+    """Wait until what was written is on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A JSON file, indented as transformers does."""
     with atomic_file(path) as stream:
-        stream.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+        stream.write(_json_text(value) + b"\n")
+
+
+def _json_text(value: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can only hold escaped
+        return json.dumps(value, indent=2).encode()
 
 
 class ShardWriter:
     """One output file, written item by item in the order of its layout.
 
-    Raises CheckpointError if what is written is not what the layout says.
+    A stream that is at its beginning gets the header first; one at the end of an item is continued.
+    Raises LayoutError if what is written is not what the layout says.
     """
 
     def __init__(self, stream: IO[bytes], shard: Shard) -> None:
         self._stream = stream
-        stream.write(shard.header)
+        if stream.tell() == 0:
+            stream.write(shard.header)
 
-    def write(self, item: Item, tensors: Mapping[str, Tensor]) -> None:
-        """The tensors of one item, by name: CPU tensors with the layout's dtypes and shapes."""
+    def write(self, item: Item, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """The tensors of one item, by name: CPU tensors with the layout's dtypes and shapes.
+
+        Returns the SHA-256 of each, in hexadecimal, by name.
+        """
         if set(tensors) != {part.name for part in item.parts}:
-            raise CheckpointError(f"{item.source}: got {sorted(tensors)}, not what the layout says")
-        for part in item.parts:
-            self._stream.write(_data(part, tensors[part.name]))
+            raise LayoutError(f"{item.source}: got {sorted(tensors)}, not what the layout says")
+        return {part.name: self._write(_data(part, tensors[part.name])) for part in item.parts}
+
+    def _write(self, data: memoryview) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, len(data), CHUNK_BYTES):  # small enough to be hashed and written from the cache
+            chunk = data[start : start + CHUNK_BYTES]
+            digest.update(chunk)
+            self._stream.write(chunk)
+        return digest.hexdigest()
 
 
 def _data(part: Part, tensor: Tensor) -> memoryview:
@@ -64,35 +92,42 @@ def _data(part: Part, tensor: Tensor) -> memoryview:
     if META_MARK in part.name and tensor.numel() <= part.nbytes:
         tensor = torch.nn.functional.pad(tensor, (0, part.nbytes - tensor.numel()), value=ord(" "))
     if tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
-        raise CheckpointError(
-            f"{part.name}: want {part.dtype} {list(part.shape)}, got {tensor.dtype} {list(tensor.shape)}"
-        )
+        raise LayoutError(f"{part.name}: want {part.dtype} {list(part.shape)}, got {tensor.dtype} {list(tensor.shape)}")
     if not tensor.numel():
         return memoryview(b"")
     data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data
 
 
-def copy_other_files(src: Path, dst: Path) -> tuple[list[str], list[str]]:
-    """Carry over what is no weight and no config.json: tokenizer, templates, licence, code; with subfolders.
+def other_files(src: Path) -> tuple[list[str], list[str]]:
+    """Relative names of what is no weight and no config.json (tokenizer, templates, licence, code), and of weights.
 
-    Returns the relative names of `(copied, left_out)`. Hidden files and folders are not considered.
+    The second list has weight files of all forms, those that are read included. Hidden files and folders and a
+    manifest, which describes the files beside it, are in neither list.
     """
-    copied: list[str] = []
-    left_out: list[str] = []
+    others: list[str] = []
+    weights: list[str] = []
     for folder, folders, files in os.walk(src):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            source = Path(folder) / name
-            relative = source.relative_to(src)
-            if name.startswith(".") or str(relative) == "config.json":
+            relative = str((Path(folder) / name).relative_to(src))
+            if name.startswith(".") or relative in (layout.CONFIG_FILE, layout.MANIFEST_FILE):
                 continue
             if name.endswith(_WEIGHT_SUFFIXES):
-                left_out.append(str(relative))
-                continue
-            target = dst / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(source, "rb") as read, atomic_file(target) as written:
-                shutil.copyfileobj(read, written)
-            copied.append(str(relative))
-    return copied, left_out
+                weights.append(relative)
+            elif (src / relative).is_file():
+                others.append(relative)
+            else:  # reading a pipe or a device would never end
+                raise CheckpointError(f"{src / relative} is no file, or a link that leads nowhere; it cannot be copied")
+    return others, weights
+
+
+def copy_other_files(src: Path, dst: Path) -> tuple[list[str], list[str]]:
+    """Carry over the first of `other_files`, with subfolders. Returns `(copied, left_out)`."""
+    others, weights = other_files(src)
+    for relative in others:
+        target = dst / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(src / relative, "rb") as read, atomic_file(target) as written:
+            shutil.copyfileobj(read, written)
+    return others, weights

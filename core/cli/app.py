@@ -8,10 +8,13 @@ import typer
 
 from fourbit.cli import console, errors
 from fourbit.cli.backends import backends
+from fourbit.cli.compare import compare
 from fourbit.cli.demo import demo
+from fourbit.cli.dequantize import dequantize
 from fourbit.cli.estimate import estimate
 from fourbit.cli.inspect import inspect
 from fourbit.cli.quantize import quantize
+from fourbit.cli.verify import verify
 
 app = typer.Typer(
     name="fourbit",
@@ -21,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # errors.py shows them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, inspect, estimate, backends, demo):
+for command in (quantize, dequantize, inspect, verify, compare, estimate, backends, demo):
     # one line a paragraph, for the terminal to break
     text = "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
     app.command(help=text)(errors.reported(command))

@@ -26,7 +26,7 @@ def backends(
         warnings.simplefilter("ignore", BackendWarning)  # the table says the same, and more
         found = find()
     if as_json:
-        console.print_json([asdict(info) for info in found])
+        console.print_json({"backends": [asdict(info) for info in found]})
         return
     table = console.table(None, "backend", "state", "devices", "blocksize", "reason", "source", left=6)
     for info in found:

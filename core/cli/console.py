@@ -35,9 +35,13 @@ out = _console(stderr=False)
 err = _console(stderr=True)
 
 
-def print_json(value: Mapping[str, Any] | list[Any]) -> None:
-    """Only this goes to stdout under --json."""
-    print(json.dumps(value, indent=2))
+JSON_SCHEMA = 1
+"""Version of every command's --json. A key that goes or changes its meaning raises it; a new one does not."""
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Only this goes to stdout under --json: an object that begins with the version of its schema."""
+    print(json.dumps({"schema": JSON_SCHEMA, **value}, indent=2, allow_nan=False))
 
 
 def error(message: str) -> None:

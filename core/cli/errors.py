@@ -30,8 +30,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            console.error("interrupted")
+        except KeyboardInterrupt as stop:
+            console.error(str(stop) or "interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # `fourbit inspect … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,12 +12,19 @@ import typer
 
 from fourbit.cli import console, options
 
+PEAK_TENSORS = 3
+PEAK_BASE = 500_000_000
+"""What `quantize` may take: so many times the largest tensor, and so many bytes for Python and torch."""
+
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One setting: bytes of the quantized part, of the parts that stay as they are, and of all."""
+    """One setting: bytes of the quantized part, of the parts that stay as they are, and of all.
+
+    `resident_bytes` are those of the loaded weights: all of it, with the code tables of each weight.
+    """
 
     quant_type: str
     blocksize: int
@@ -25,6 +32,7 @@ class Estimate:
     quantized_bytes: int
     other_bytes: int
     bytes: int
+    resident_bytes: int
     bits_per_quantized_parameter: float
     bits_per_parameter: float
 
@@ -37,27 +45,42 @@ def estimate(
     """Compute bytes and bits per parameter for each data type, blocksize and double-quantization setting.
 
     Of a folder only the headers are read; what stays in 16 bit (embeddings, norms, output head) is counted
-    apart. With --params all parameters count as quantized.
+    apart, and the memory that quantizing it takes is said too. With --params all parameters count as quantized.
     """
     if (folder is None) == (params is None):
         raise typer.BadParameter("give either MODEL_FOLDER or --params")
     if folder is not None:
-        tensors, other, other_bytes, before = _of_folder(folder)
+        tensors, other, other_bytes, before, largest = _of_folder(folder)
     else:
         assert params is not None
-        tensors = [parse_count(params)]
+        tensors, largest = [parse_count(params)], None
         other, other_bytes, before = 0, 0, 2 * tensors[0]
     found = list(estimates(tensors, other, other_bytes))
+    peak = None if largest is None else peak_while_quantizing(largest)
     if as_json:
         value = {
             "quantized_parameters": sum(tensors),
             "other_parameters": other,
             "bytes_before": before,
+            "largest_tensor_bytes": largest,
+            "peak_quantizing_bytes": peak,
             "settings": [asdict(e) for e in found],
         }
         console.print_json(value)
         return
     _show(found, sum(tensors), other, other_bytes, before, str(folder) if folder else None)
+    if largest is not None and peak is not None:
+        console.out.print(
+            f"Memory while quantizing: at most {peak:,} bytes, {PEAK_TENSORS} times the largest tensor"
+            f" ({largest:,}) and {PEAK_BASE:,}, whatever the setting. Loaded weights take the whole model's bytes;"
+            " activations and the cache of attention come on top.",
+            soft_wrap=True,
+        )
+
+
+def peak_while_quantizing(largest: int) -> int:
+    """The bound on the memory of `fourbit quantize`, in bytes, for a model whose largest tensor has `largest`."""
+    return PEAK_TENSORS * largest + PEAK_BASE
 
 
 def parse_count(text: str) -> int:
@@ -83,20 +106,29 @@ def estimates(tensors: list[int], other: int, other_bytes: int) -> Iterator[Esti
                 total = nbytes + other_bytes
                 bits = 8 * nbytes / count if count else 0.0
                 whole = 8 * total / (count + other) if count + other else 0.0
-                yield Estimate(quant_type, size, double_quant, nbytes, other_bytes, total, bits, whole)
+                resident = total + len(tensors) * _table_bytes(double_quant)
+                yield Estimate(quant_type, size, double_quant, nbytes, other_bytes, total, resident, bits, whole)
 
 
-def _of_folder(folder: Path) -> tuple[list[int], int, int, int]:
+def _table_bytes(double_quant: bool) -> int:
+    """Bytes of the code tables that a loaded weight has beside its codes and scales."""
+    from fourbit import codebooks
+
+    return codebooks.get("nf4").tensor().nbytes + (codebooks.dynamic_map().nbytes if double_quant else 0)
+
+
+def _of_folder(folder: Path) -> tuple[list[int], int, int, int, int]:
     from fourbit.checkpoint.quantize import require_unquantized
     from fourbit.checkpoint.reader import Checkpoint
     from fourbit.plans import plan
 
     with Checkpoint(folder) as checkpoint:
         require_unquantized(checkpoint)
+        largest = max((info.nbytes for info in checkpoint.entries.values()), default=0)
     planned = plan(folder)
     other = sum(t.parameters for t in planned.skipped)
     other_bytes = sum(t.bytes_after for t in planned.skipped)
-    return [t.parameters for t in planned.quantized], other, other_bytes, planned.bytes_before
+    return [t.parameters for t in planned.quantized], other, other_bytes, planned.bytes_before, largest
 
 
 def _show(found: list[Estimate], count: int, other: int, other_bytes: int, before: int, folder: str | None) -> None:

@@ -41,25 +41,34 @@ def quantize(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1 …")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it is a model folder.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--overwrite",
+            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder.",
+            show_default="neither: an error if DST or an interrupted run is there",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write a 4-bit copy of the model folder SRC to DST.
 
     The copy loads in fourbit and in transformers with bitsandbytes. Embeddings, norms, the output
     head and routers stay as they are. Tensors are read and written one at a time, and DST appears only when
-    all of it is there.
+    all of it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted,
+    even by a power cut, the same command with --resume continues it.
     """
+    overwrite = resume is False
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
     if dry_run:
-        plan, nbytes = check_and_plan(src, dst, config, where, overwrite)
+        plan, nbytes = check_and_plan(src, dst, config, where, overwrite, resume is True)
         if as_json:
             console.print_json({"dry_run": True, "bytes_written": nbytes, **plan.to_dict()})
         else:
             show_plan(plan, nbytes)
     else:
-        report = run(src, dst, config, where, overwrite)
+        report = run(src, dst, config, where, overwrite, resume is True)
         plan = report.plan
         if as_json:
             console.print_json({"dry_run": False, **report.to_dict()})
@@ -69,7 +78,7 @@ def quantize(
 
 
 def check_and_plan(
-    src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool
+    src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
     from fourbit.checkpoint.quantize import output_items, require_unquantized
@@ -80,14 +89,17 @@ def check_and_plan(
     source = src.expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
-        check_destination(source, dst.expanduser().resolve(), overwrite)
+        check_destination(source, dst.expanduser().resolve(), overwrite or resume)
         planned = plan(source, config, device=device)
         return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
 
 
-def run(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool) -> QuantizeReport:
+def run(
+    src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool = False
+) -> QuantizeReport:
     """Quantize with a bar. `fourbit demo` goes through here too."""
     from fourbit.checkpoint.quantize import quantize_checkpoint
+    from fourbit.checkpoint.staging import unfinished_folder
 
     with console.byte_progress() as bar:
         task = bar.add_task("quantizing", total=None)
@@ -95,7 +107,14 @@ def run(src: Path, dst: Path, config: QuantConfig, device: torch.device, overwri
         def advance(name: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return quantize_checkpoint(src, dst, config, device=device, overwrite=overwrite, progress=advance)
+        try:
+            return quantize_checkpoint(
+                src, dst, config, device=device, overwrite=overwrite, resume=resume, progress=advance
+            )
+        except KeyboardInterrupt:
+            if unfinished_folder(dst.expanduser().resolve()).is_dir():
+                raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
+            raise
 
 
 def show_plan(plan: QuantPlan, nbytes: int) -> None:
@@ -117,6 +136,9 @@ def show_report(report: QuantizeReport) -> None:
         f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
         soft_wrap=True,
     )
+    if report.resumed_bytes:
+        done = f"{console.size(report.resumed_bytes)} of {console.size(report.bytes_before)}"
+        console.note(f"resumed: an earlier run had done {done}")
     if report.left_out:
         names = ", ".join(report.left_out)
         console.note(f"not copied, since they hold weights in another form: {names}")

@@ -6,6 +6,8 @@ on the CPU.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 import fourbit
 from fourbit.checkpoint import Checkpoint
+from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.inspect import inspect_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from tests.folders import write_folder
@@ -89,6 +92,29 @@ def test_we_read_theirs(tmp_path, quant_type, double_quant, dtype, storage):
     facts = {t.name: t for t in inspect_checkpoint(path).tensors}
     assert facts["x.weight"].shape == (300, 256) and facts["x.weight"].type == quant_type
     assert facts["x.weight"].bits_per_parameter == pytest.approx(4.5 - 0.373 * double_quant, abs=2e-2)
+
+
+@pytest.mark.parametrize(("quant_type", "double_quant", "dtype"), CASES)
+def test_dequantize_of_theirs(tmp_path, quant_type, double_quant, dtype):
+    """`fourbit dequantize` of a folder that bitsandbytes made is what bitsandbytes itself makes of it."""
+    tensors, want = {"norm.weight": torch.ones(5).to(dtype)}, {}
+    for i, shape in enumerate(((300, 256), (3, 512), (96, 64))):
+        w = torch.randn(*shape, generator=torch.Generator().manual_seed(i)).to(dtype)
+        options = {"quant_type": quant_type, "compress_statistics": double_quant}
+        packed, state = bnb.quantize_4bit(w, **options)
+        want[f"a.{i}.weight"] = bnb.dequantize_4bit(packed, state)
+        parts = {"": packed} | {f".{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+        tensors |= {f"a.{i}.weight{key}": tensor.contiguous() for key, tensor in parts.items()}
+    src = write_folder(tmp_path / "src", tensors, shards=2)
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": quant_type}
+    (src / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": entry}))
+    report = dequantize_checkpoint(src, tmp_path / "dst")
+    assert set(report.dequantized) == set(want) and report.carried == ("norm.weight",)
+    with Checkpoint(tmp_path / "dst") as written:
+        assert written.config == {"model_type": "llama"}
+        for name, tensor in want.items():
+            found = written.read(name)
+            assert found.dtype == dtype and torch.equal(found, tensor)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_non_finite_where_nothing_is_quantized_is_kept(tmp_path):
     assert Checkpoint(tmp_path / "dst").read("model.norm.weight")[0] == float("-inf")
 
 
-def test_interrupted_leaves_nothing(tmp_path):
+def test_interrupted_leaves_no_destination(tmp_path):
     src = write_folder(tmp_path / "src")
 
     def interrupt(name, done, total):
@@ -43,7 +43,7 @@ def test_interrupted_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(src, tmp_path / "dst", progress=interrupt)
-    assert os.listdir(tmp_path) == ["src"]
+    assert sorted(os.listdir(tmp_path)) == [".dst.unfinished", "src"]
 
 
 def test_existing_destination(tmp_path):

@@ -153,7 +153,7 @@ def test_names_of_strangers_are_printed_harmlessly(tmp_path):
 
 def test_backends():
     value = json.loads(ok("backends", "--json").stdout)
-    assert {b["name"]: b["state"] for b in value}["reference"] == "ready"
+    assert {b["name"]: b["state"] for b in value["backends"]}["reference"] == "ready"
     assert "reference" in ok("backends").stdout
 
 

@@ -204,6 +204,14 @@ def test_messages_stay_short():
         assert len(str(caught.value)) < 1000
 
 
+def test_a_field_twice():
+    """Readers differ in which of the two they take."""
+    entries = good()
+    text = bytes(entries[META].tolist()).rstrip()[:-1] + b', "nested_offset": 0}'
+    with pytest.raises(ValueError, match="a name twice"):
+        read({**entries, META: as_tensor(text)})
+
+
 # ---- anything at all -----------------------------------------------------------------------------
 
 scalars = (

@@ -1,0 +1,247 @@
+"""How far the weights of two checkpoints are apart, tensor by tensor; either side may be in 4 bits.
+
+Sums are float64, over pieces of a million elements; in memory is one tensor of each side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.reader import Checkpoint
+from fourbit.functional import dequantize_4bit
+from fourbit.state import dtype_name
+
+_PIECE = 1 << 20
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor, B measured against A.
+
+    Attributes:
+        name: of the tensor in A.
+        name_in_b: its name in B, another one only for tensors that share their storage there.
+        shape: in A.
+        type_a, type_b: "bfloat16" and the like, or the quant_type of a 4-bit weight.
+        parameters: elements.
+        rmse: root of the mean squared difference.
+        relative_rmse: rmse over the root mean square of A; None if A is all zero, likewise
+        sqnr_db: ten times the logarithm of A's power over the difference's; None, too, if there is no difference.
+        max_abs_error: the largest difference of two elements.
+        identical: no element differs.
+        error: why they cannot be compared (the figures are None then), else None.
+    """
+
+    name: str
+    name_in_b: str
+    shape: tuple[int, ...]
+    type_a: str
+    type_b: str
+    parameters: int
+    rmse: float | None = None
+    relative_rmse: float | None = None
+    sqnr_db: float | None = None
+    max_abs_error: float | None = None
+    identical: bool = False
+    error: str | None = None
+
+    @property
+    def rank(self) -> tuple[float, float, str]:
+        """Sorts the worst first: what cannot be compared, then by SQNR, the identical ones last."""
+        if self.error is not None:
+            return (0, 0.0, self.name)
+        if self.identical:
+            return (2, 0.0, self.name)
+        return (1, -math.inf if self.sqnr_db is None else self.sqnr_db, self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints, tensor by tensor.
+
+    Attributes:
+        a, b: what was compared.
+        tensors: the worst first.
+        only_in_a, only_in_b: names without a counterpart.
+        total: all tensors that could be compared and differ, taken as one; None if there is none.
+    """
+
+    a: Path
+    b: Path
+    tensors: tuple[TensorDifference, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    total: TensorDifference | None
+
+    @property
+    def errors(self) -> tuple[TensorDifference, ...]:
+        """The tensors that could not be compared."""
+        return tuple(t for t in self.tensors if t.error is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        keys = ("parameters", "rmse", "relative_rmse", "sqnr_db", "max_abs_error")
+        return {
+            "a": str(self.a),
+            "b": str(self.b),
+            "compared": len(self.tensors) - len(self.errors),
+            "identical": sum(t.identical for t in self.tensors),
+            "errors": len(self.errors),
+            "total_of_differing": None if self.total is None else {key: getattr(self.total, key) for key in keys},
+            "only_in_a": list(self.only_in_a),
+            "only_in_b": list(self.only_in_b),
+            "tensors": [t.to_dict() for t in self.tensors],
+        }
+
+
+@dataclass
+class _Sums:
+    """Running float64 sums over pieces."""
+
+    count: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        """Those of another tensor."""
+        self.count += other.count
+        self.signal += other.signal
+        self.noise += other.noise
+        self.largest = max(self.largest, other.largest)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of a TensorDifference."""
+        n = max(self.count, 1)
+        known = self.noise > 0 and self.signal > 0
+        return {
+            "rmse": math.sqrt(self.noise / n),
+            "relative_rmse": math.sqrt(self.noise / self.signal) if self.signal > 0 else None,
+            "sqnr_db": 10 * (math.log10(self.signal) - math.log10(self.noise)) if known else None,
+            "max_abs_error": self.largest,
+        }
+
+
+def compare_checkpoints(
+    a: str | Path, b: str | Path, *, progress: Callable[[str, int, int], None] | None = None
+) -> Comparison:
+    """Measure each tensor of `b` against the one of the same name in `a`; folders or files, plain or 4-bit.
+
+    `progress` is called after each tensor with its name, the parameters done and all parameters. Raises
+    CheckpointError if either is malformed, or if they have no name in common. Shapes that differ and values
+    that are not finite are the error of that tensor only.
+    """
+    with Checkpoint(Path(a).expanduser()) as left, Checkpoint(Path(b).expanduser()) as right:
+        names_a, names_b = _weights(left), _weights(right)
+        pairs = {name: found for name in names_a if (found := _counterpart(name, right, names_b)) is not None}
+        used = set(pairs.values())
+        # a name that only B has may be one that A keeps once for two
+        only_b = [name for name in names_b if name not in used and _counterpart(name, left, names_a) is None]
+        if not pairs:
+            raise CheckpointError(f"{left.path} and {right.path} have no tensor name in common")
+        total, whole, done = sum(prod(names_a[name]) for name in pairs), _Sums(), 0
+        found_list = []
+        for name, name_b in pairs.items():
+            found_list.append(_difference(left, right, name, name_b, (names_a[name], names_b[name_b]), whole))
+            done += prod(names_a[name])
+            if progress is not None:
+                progress(name, done, total)
+        only_a = tuple(name for name in names_a if name not in pairs)
+        all_of_it = None
+        if whole.count:
+            all_of_it = TensorDifference("", "", (), "", "", whole.count, **whole.figures())
+        ranked = tuple(sorted(found_list, key=lambda t: t.rank))
+        return Comparison(left.path, right.path, ranked, only_a, tuple(only_b), all_of_it)
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights; of a 4-bit one the shape that it has when dequantized."""
+    companions, quantized = checkpoint.companions(), checkpoint.quantized()
+    return {
+        name: tuple(checkpoint.state(name).shape) if name in quantized else info.shape
+        for name, info in checkpoint.entries.items()
+        if name not in companions
+    }
+
+
+def _counterpart(name: str, other: Checkpoint, names: dict[str, tuple[int, ...]]) -> str | None:
+    """The name under which `other` has the tensor: its own, or that of the tensor which it is tied to."""
+    if name in names:
+        return name
+    alias = other.metadata.get(name)  # as safetensors' save_model notes the names that it drops
+    if alias in names:
+        return alias
+    if name.endswith(_HEAD) and other.config.get("tie_word_embeddings"):
+        found = [n for n in names if n.endswith(_EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def _difference(
+    a: Checkpoint, b: Checkpoint, name: str, name_b: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], whole: _Sums
+) -> TensorDifference:
+    shape, shape_b = shapes
+    base = (name, name_b, shape, _type(a, name), _type(b, name_b), prod(shape))
+    if shape != shape_b:
+        return TensorDifference(*base, error=f"shape {list(shape)} in A and {list(shape_b)} in B")
+    left, right = _Flat(a, name), _Flat(b, name_b)
+    sums = _Sums(count=prod(shape))
+    for start in range(0, sums.count, _PIECE):
+        x, y = left.piece(start), right.piece(start)
+        odd = ~(torch.isfinite(x) & torch.isfinite(y))
+        if bool(odd.any()):
+            if not torch.equal(x[odd], y[odd]):  # NaN, or an infinity on one side only
+                side = "A" if bool((~torch.isfinite(x)).any()) else "B"
+                return TensorDifference(*base, error=f"{side} has values that are not finite")
+            x, y = x[~odd], y[~odd]  # a mask's infinities, the same in both
+            if not x.numel():
+                continue
+        d = y - x
+        sums.signal += float(x.square().sum())
+        sums.noise += float(d.square().sum())
+        sums.largest = max(sums.largest, float(d.abs().max()))
+    if not math.isfinite(sums.signal + sums.noise):
+        return TensorDifference(*base, error="squares beyond the range of float64")
+    if not sums.largest:
+        return TensorDifference(*base, **sums.figures(), identical=True)
+    whole.add(sums)
+    return TensorDifference(*base, **sums.figures())
+
+
+def _type(checkpoint: Checkpoint, name: str) -> str:
+    if name in checkpoint.quantized():
+        return checkpoint.state(name).quant_type
+    return dtype_name(checkpoint.info(name).dtype)
+
+
+class _Flat:
+    """A weight read once and handed out in pieces of float64; of complex numbers both parts."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._tensor: Tensor
+        if name in checkpoint.quantized():
+            self._tensor = dequantize_4bit(*checkpoint.read_4bit(name)).reshape(-1)
+        else:
+            self._tensor = checkpoint.read(name).reshape(-1)
+
+    def piece(self, start: int) -> Tensor:
+        """`_PIECE` elements from `start`, fewer at the end."""
+        part = self._tensor[start : start + _PIECE]
+        if part.is_complex():
+            part = torch.view_as_real(part).reshape(-1)
+        return part.to(torch.float64)

@@ -1,0 +1,160 @@
+"""The weight files of an unfinished folder: written in order, noted in the journal, taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from torch import Tensor
+
+from fourbit.checkpoint.journal import Journal
+from fourbit.checkpoint.shards import Item, Shard
+from fourbit.checkpoint.writer import CHUNK_BYTES, ShardWriter, flush_to_disk
+
+SYNC_BYTES = 1 << 28
+SYNC_SECONDS = 2.0
+"""After so many bytes, or seconds, what is written is flushed to the disk and noted: so much is lost at most."""
+
+
+class Output:
+    """Writes tensors one after the other to `<shard>.tmp`, which gets its name once all of it is on the disk.
+
+    Args:
+        folder: to write to.
+        journal: of it.
+        done: for each shard that is begun, how many of its items are there; see `recover`.
+    """
+
+    def __init__(self, folder: Path, journal: Journal, done: Mapping[str, int]) -> None:
+        self._folder, self._journal, self._done = folder, journal, done
+        self._shard: Shard | None = None
+        self._stream: IO[bytes]
+        self._writer: ShardWriter
+        self._pending: dict[str, dict[str, str]] = {}
+        self._pending_bytes = 0
+        self._synced = time.monotonic()
+
+    def write(self, shard: Shard, item: Item, tensors: Mapping[str, Tensor]) -> None:
+        """The tensors of the next item. Raises OSError, or LayoutError."""
+        if shard is not self._shard:
+            self._begin(shard)
+        self._pending[item.source] = self._writer.write(item, tensors)
+        self._pending_bytes += item.nbytes
+        if item is shard.items[-1]:
+            self._end()
+        elif self._pending_bytes >= SYNC_BYTES or time.monotonic() - self._synced >= SYNC_SECONDS:
+            self._sync()
+
+    def write_empty(self, shard: Shard) -> None:
+        """A shard without items."""
+        self._begin(shard)
+        self._end()
+
+    def close(self) -> None:
+        """Note what is complete, and close the file. Raises OSError if that cannot be."""
+        if self._shard is not None:
+            try:
+                self._sync()
+            finally:
+                self._shard = None
+                self._stream.close()
+
+    def _begin(self, shard: Shard) -> None:
+        path = temporary(self._folder / shard.file)
+        # what was recovered ends at the end of an item
+        self._stream = open(path, "ab" if self._done.get(shard.file) else "wb")  # noqa: SIM115
+        self._shard = shard
+        self._writer = ShardWriter(self._stream, shard)
+
+    def _end(self) -> None:
+        assert self._shard is not None
+        path = self._folder / self._shard.file
+        flush_to_disk(self._stream)
+        self._shard = None
+        self._stream.close()
+        os.replace(temporary(path), path)
+        self._note()
+
+    def _sync(self) -> None:
+        if self._pending:
+            flush_to_disk(self._stream)
+            self._note()
+
+    def _note(self) -> None:
+        self._journal.append(self._pending)
+        self._pending, self._pending_bytes, self._synced = {}, 0, time.monotonic()
+
+
+def temporary(path: Path) -> Path:
+    """The name of a file until it is complete."""
+    return path.with_name(path.name + ".tmp")
+
+
+def recover(folder: Path, layouts: Sequence[Shard], hashes: Mapping[str, dict[str, str]]) -> dict[str, int]:
+    """How many items of each shard are in `folder`, right to the last bit; whatever follows them is removed.
+
+    The journal's hashes are compared with those of the bytes in the files, so that neither a file that is too
+    short nor one that was changed is continued. Raises OSError.
+    """
+    done: dict[str, int] = {}
+    whole = True
+    for shard in layouts:
+        path = folder / shard.file
+        if whole:
+            count, end = _intact(path, shard, hashes)
+            if count:
+                done[shard.file] = count
+            whole = bool(shard.items) and count == len(shard.items)
+            if whole:
+                _cut(path, end)
+                os.replace(temporary(path), path)
+            elif count:
+                _cut(path, end)
+            else:
+                temporary(path).unlink(missing_ok=True)
+        else:
+            path.unlink(missing_ok=True)
+            temporary(path).unlink(missing_ok=True)
+    return done
+
+
+def _intact(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> tuple[int, int]:
+    """How many items at the file's beginning are as noted, and where they end; the file has its temporary name then."""
+    if path.exists():
+        os.replace(path, temporary(path))
+    try:
+        stream = open(temporary(path), "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return 0, 0
+    with stream:
+        if stream.read(len(shard.header)) != shard.header:
+            return 0, 0
+        count, end = 0, len(shard.header)
+        for item in shard.items:
+            noted = hashes.get(item.source)
+            if noted is None or any(noted.get(p.name) != hash_of(stream, p.nbytes) for p in item.parts):
+                break
+            count, end = count + 1, end + item.nbytes
+        return count, end
+
+
+def hash_of(stream: IO[bytes], nbytes: int) -> str | None:
+    """The SHA-256 of the next bytes of a file, in hexadecimal; None if it has not so many."""
+    digest = hashlib.sha256()
+    while nbytes:
+        chunk = stream.read(min(nbytes, CHUNK_BYTES))
+        if not chunk:
+            return None
+        digest.update(chunk)
+        nbytes -= len(chunk)
+    return digest.hexdigest()
+
+
+def _cut(path: Path, end: int) -> None:
+    with open(temporary(path), "r+b") as stream:
+        stream.truncate(end)
+        flush_to_disk(stream)

@@ -1,0 +1,152 @@
+"""Whether a folder is what its manifest says, and whether it agrees with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourbit.checkpoint import manifest, staging
+from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.output import hash_of
+from fourbit.checkpoint.reader import Checkpoint
+from fourbit.state import dtype_name
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_checkpoint` found.
+
+    Attributes:
+        path: of the folder or file.
+        manifest: whether it has one; without it no hash can be compared.
+        finished: False for an unfinished folder.
+        tensors, quantized: as stored, and how many weights are in 4 bits.
+        nbytes: of all tensors.
+        faults: one line for each.
+    """
+
+    path: Path
+    manifest: bool
+    finished: bool
+    tensors: int
+    quantized: int
+    nbytes: int
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "path": str(self.path),
+            "ok": self.ok,
+            "manifest": self.manifest,
+            "finished": self.finished,
+            "tensors": self.tensors,
+            "quantized": self.quantized,
+            "bytes": self.nbytes,
+            "faults": list(self.faults),
+        }
+
+
+def verify_checkpoint(path: str | Path) -> Verification:
+    """Compare a folder (or one .safetensors file) with its manifest and with its own metadata; every byte is read.
+
+    What is wrong with it comes back as faults; nothing is raised for that.
+    """
+    folder = Path(path).expanduser().resolve()
+    left = staging.unfinished_folder(folder)
+    if staging.is_unfinished(folder) or (not folder.exists() and left.is_dir()):
+        what = folder if staging.is_unfinished(folder) else left
+        fault = f"{what} is an unfinished folder: `fourbit quantize --resume` continues it"
+        return Verification(folder, False, False, 0, 0, 0, (fault,))
+    faults: list[str] = []
+    listing: dict[str, Any] | None = None
+    try:
+        listing = manifest.read(folder)
+    except CheckpointError as error:
+        faults.append(str(error))
+    has_manifest = listing is not None or bool(faults)
+    try:
+        with Checkpoint(folder) as checkpoint:
+            faults += consistency(checkpoint)
+            facts = (len(checkpoint.entries), len(checkpoint.quantized()), checkpoint.nbytes)
+            if listing is not None:
+                faults += against_manifest(folder, listing, checkpoint)
+    except CheckpointError as error:
+        return Verification(folder, has_manifest, True, 0, 0, 0, (*faults, str(error)))
+    return Verification(folder, has_manifest, True, *facts, tuple(faults))
+
+
+def consistency(checkpoint: Checkpoint) -> Iterator[str]:
+    """Faults of a checkpoint in itself: quantization states, tensors that the index does not list, config.json."""
+    try:
+        unlisted = checkpoint.unlisted()
+        entry = checkpoint.quantization_config()
+    except CheckpointError as error:
+        yield str(error)
+        return
+    yield from (f"{checkpoint.path}: the index does not list {name!r}, which is in a shard" for name in unlisted)
+    ours = entry.get("quant_method") == "bitsandbytes" and entry.get("load_in_4bit") is True
+    for name in checkpoint.quantized():
+        try:
+            state = checkpoint.state(name)
+            checkpoint.check_packed(name, state)
+        except CheckpointError as error:
+            yield str(error)
+            continue
+        said = entry.get("bnb_4bit_quant_type")
+        if ours and said != state.quant_type:
+            yield f"{checkpoint.path}: {name!r} is {state.quant_type}, and config.json says {said}"
+
+
+def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint | None = None) -> Iterator[str]:
+    """What is not as the manifest says: names, dtypes, shapes, places, counts, and every hash.
+
+    Raises CheckpointError if the folder cannot be opened as a checkpoint.
+    """
+    checkpoint = opened or Checkpoint(folder)
+    entries, tensors = checkpoint.entries, listing["tensors"]
+    yield from (f"{folder}: the tensor {name!r} is not in the manifest" for name in entries if name not in tensors)
+    totals = {"tensors": len(entries), "quantized": len(checkpoint.quantized()), "bytes": checkpoint.nbytes}
+    for key, count in totals.items():
+        if listing["totals"].get(key) != count:
+            yield f"{folder}: {key}: {count}, and the manifest says {str(listing['totals'].get(key))[:40]}"
+    for name, want in tensors.items():
+        info = entries.get(name)
+        if info is None:
+            yield f"{folder}: the tensor {name!r} is missing"
+            continue
+        have = {
+            "file": info.file.name,
+            "dtype": dtype_name(info.dtype),
+            "shape": list(info.shape),
+            "offset": info.offset,
+            "bytes": info.nbytes,
+        }
+        wrong = next((key for key, value in have.items() if want[key] != value), None)
+        if wrong is not None:
+            yield f"{folder}: {name!r}: {wrong} {have[wrong]}, and the manifest says {str(want[wrong])[:80]}"
+        elif _hash(info.file, info.offset, info.nbytes) != want["sha256"]:
+            yield f"{info.file}: the bytes of {name!r} are not those that were written"
+    for name, want in listing["files"].items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != want["bytes"] or _hash(path, 0, want["bytes"]) != want["sha256"]:
+            yield f"{path} is not as it was written"
+
+
+def _hash(path: Path, offset: int, nbytes: int) -> str | None:
+    """The SHA-256 of a part of a file; None if it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(offset)
+            return hash_of(stream, nbytes)
+    except OSError:
+        return None

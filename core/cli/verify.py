@@ -1,0 +1,39 @@
+"""`fourbit verify`: whether a model folder is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fourbit.cli import console, options
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Model folder, or one .safetensors file.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Check a model folder against its manifest and its own metadata.
+
+    Every byte is read and every hash compared; every 4-bit weight's state must fit its weight. A folder without a
+    manifest, such as bitsandbytes' own, is checked for its own consistency. The exit status is 1 if anything is
+    wrong, with a line for each fault.
+    """
+    from fourbit.checkpoint.verify import verify_checkpoint
+
+    found = verify_checkpoint(path)
+    if as_json:
+        console.print_json(found.to_dict())
+    else:
+        for fault in found.faults:
+            console.out.print(f"[bold red]fault:[/] {console.escape(fault)}", soft_wrap=True)
+        if found.ok:
+            how = "every hash is right" if found.manifest else "consistent; it has no manifest, so no hash is compared"
+            console.out.print(
+                f"{console.escape(str(found.path))}: {found.tensors} tensors, {found.quantized} weights in 4 bits,"
+                f" {found.nbytes:,} bytes: {how}",
+                soft_wrap=True,
+            )
+    if not found.ok:
+        raise typer.Exit(1)
