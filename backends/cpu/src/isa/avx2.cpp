@@ -1,0 +1,3 @@
+#define FOURBIT_ISA avx2
+#include "simd/avx2.h"
+#include "table.inl"

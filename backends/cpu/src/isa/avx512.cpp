@@ -1,0 +1,3 @@
+#define FOURBIT_ISA avx512
+#include "simd/avx512.h"
+#include "table.inl"

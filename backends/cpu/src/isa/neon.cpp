@@ -1,0 +1,3 @@
+#define FOURBIT_ISA neon
+#include "simd/neon.h"
+#include "table.inl"

@@ -1,0 +1,3 @@
+#define FOURBIT_ISA scalar
+#include "simd/scalar.h"
+#include "table.inl"

@@ -1,0 +1,68 @@
+// The vector primitives without vectors: what the others must agree with, and for any processor.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "simd/convert.h"
+
+namespace fourbit::FOURBIT_ISA {
+
+using F = float;
+constexpr int W = 1;  // float32 lanes of an F
+
+inline F zero() { return 0.0f; }
+inline F splat(float value) { return value; }
+inline F load(const float* p) { return *p; }
+inline void store(float* p, F v) { *p = v; }
+inline F add(F a, F b) { return a + b; }
+inline F mul(F a, F b) { return a * b; }
+inline F fma(F a, F b, F c) { return a * b + c; }
+inline float sum(F v) { return v; }
+
+inline F widen_bf16(const uint16_t* p) { return bf16_to_float(*p); }
+inline F widen_f16(const uint16_t* p) { return f16_to_float(*p); }
+inline void narrow_bf16(uint16_t* p, F v) { *p = float_to_bf16(v); }
+inline void narrow_f16(uint16_t* p, F v) { *p = float_to_f16(v); }
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// The 16 values of a codebook, times a scale.
+struct Table {
+  float values[16];
+};
+inline Table make_table(const float* code, float scale) {
+  Table table;
+  for (int i = 0; i < 16; ++i) table.values[i] = code[i] * scale;
+  return table;
+}
+// 32 weights of 16 bytes, in order.
+inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i] = table.values[bytes[i] >> 4];
+    out[2 * i + 1] = table.values[bytes[i] & 15];
+  }
+}
+
+// For products of few rows: unscaled values of 64 weights, in the order that costs least. `element(i)` is the
+// element at position i, so that x can be brought into the same order once.
+struct Exact {
+  using Table = FOURBIT_ISA::Table;
+  static Table table(const float* code) { return make_table(code, 1.0f); }
+  static void decode64(const uint8_t* bytes, const Table& table, F* out) {
+    decode32(bytes, table, out);
+    decode32(bytes + 16, table, out + 32);
+  }
+  static constexpr int element(int position) { return position; }
+  // The scales of vector `index` of the 64 / W where the first 32 weights have `low` and the others `high`.
+  static F scales(int index, F low, F high) { return index < 32 / W ? low : high; }
+};
+// The same with values rounded to bfloat16, where that is cheaper: for bfloat16 activations.
+using Rounded = Exact;
+
+// The tile of the matrix product: TILE_M vectors of rows of x by TILE_N rows of the weight.
+template <int TileM>
+inline constexpr int tile_n = TileM == 4 ? 2 : TileM == 3 ? 2 : TileM == 2 ? 4 : 8;
+constexpr int MAX_TILE_M = 4;
+
+}  // namespace fourbit::FOURBIT_ISA
