@@ -1,0 +1,123 @@
+"""How `peers.py` prints: the machine, a line for each row with its verdicts beneath, and what was missed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import targets
+import torch
+from peers_cpu import Row, Settings
+from timing import Times
+
+import fourbit
+
+
+def about(settings: Settings | None = None) -> dict[str, Any]:
+    """What figures depend on, as JSON values."""
+    explained = fourbit.explain("linear_4bit", device="cpu", dtype=torch.bfloat16)
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}",
+        "versions": {
+            "Python": platform.python_version(),
+            **{name: _version(name) for name in ("fourbit", "torch", "bitsandbytes")},
+        },
+        "torch capability": torch.backends.cpu.get_cpu_capability(),
+        "isa": None if settings is None else settings.isa,
+        "backend": f"{explained.backend} ({explained.path})",
+        "load": os.getloadavg()[0],
+    }
+
+
+def print_about(about: dict[str, Any]) -> None:
+    """The heading of a run."""
+    print(f"{about['date']}; {about['machine']}")
+    print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+    print(f"linear_4bit by {about['backend']}; torch with {about['torch capability']}; load {about['load']:.1f}")
+    if about["isa"]:
+        print(f"held to {about['isa']}: fourbit, torch, oneDNN; NOT bitsandbytes, whose kernels choose for themselves")
+
+
+def print_row(case: str, row: Row, heading: str | None) -> str:
+    """One row, after a heading if it is the first of its case and shape; returns the heading."""
+    now = f"{case}, {row.label.split(' ')[0]}" if "×" in row.label and case != "module" else case
+    if now != heading:
+        print(f"\n{now}: median [p10 to p90] ms, ×: a peer's time over fourbit's")
+    own = row.times["fourbit"]
+    parts = [f"fourbit {_ms(own)}"]
+    for name, times in row.times.items():
+        if name == "fourbit double":
+            parts.append(f"double-quantized {_ms(times)}")
+        elif name not in ("fourbit", "read"):
+            parts.append(f"{name} {_ms(times)} {row.values[name]:.2f}×")
+    if targets.READ in row.values:
+        parts.append(_rates(row))
+    parts += [f"{row.values[key]:.2f} {key}" for key in _PLAIN_VALUES if key in row.values]
+    print(f"{row.label:22s} {row.threads} thread{'s' * (row.threads > 1)}: " + " | ".join(parts), flush=True)
+    verdicts = [f"{t.measure} {_value(t.measure, v)} ({t.describe()}) {verdict}" for t, v, verdict in row.verdicts()]
+    if verdicts and case != "sweep":
+        print(f"{'':22s} → " + "; ".join(verdicts))
+    return now
+
+
+_PLAIN_VALUES = (targets.RATE, "GB/s of output", "GB/s of fp32", targets.MICROSECONDS)
+
+
+def _rates(row: Row) -> str:
+    values = row.values
+    text = f"{values['GB/s']:.1f} of {values['read GB/s']:.1f} GB/s = {values[targets.READ]:.0%}"
+    if "double GB/s" in values:
+        text += f"; double-quantized {values['double GB/s']:.1f} = {values['double read bandwidth']:.0%}"
+        text += f", torch {values['double torch bf16']:.2f}×"
+        if "double bitsandbytes" in values:
+            text += f", bitsandbytes {values['double bitsandbytes']:.2f}×"
+    return text
+
+
+def print_summary(rows: list[Row]) -> None:
+    """How many targets were met, and each that was not."""
+    found = [(row, *verdict) for row in rows for verdict in row.verdicts()]
+    missed = [entry for entry in found if entry[3] == "MISSED"]
+    aimed = sum(entry[3] == "aim met" for entry in found)
+    print(f"\n{len(found)} targets: {len(found) - len(missed)} met, {aimed} of them with the aim; {len(missed)} missed")
+    for row, target, value, _ in missed:
+        print(
+            f"  MISSED {row.label}, {row.threads} thread{'s' * (row.threads > 1)}: {target.measure}"
+            f" {_value(target.measure, value)}, {target.describe()}"
+        )
+    swept = [row for row in rows if row.case == "sweep"]
+    for threads in sorted({row.threads for row in swept}):
+        worst = min((row for row in swept if row.threads == threads), key=lambda row: row.values[targets.COMPOSED])
+        print(
+            f"least ratio to {targets.COMPOSED}, {threads} threads: {worst.values[targets.COMPOSED]:.2f}, {worst.label}"
+        )
+
+
+def _value(measure: str, value: float) -> str:
+    return f"{value:.0%}" if measure == targets.READ else f"{value:.2f}"
+
+
+def _ms(times: Times) -> str:
+    if times.count == 1:
+        return f"{times.median * 1e3:.4g}"
+    return f"{times.median * 1e3:.4g} [{times.p10 * 1e3:.4g} to {times.p90 * 1e3:.4g}]"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
