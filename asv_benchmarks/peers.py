@@ -6,8 +6,8 @@
     python asv_benchmarks/peers.py cpu --isa avx2       # fourbit, torch and oneDNN held to AVX2
     python asv_benchmarks/peers.py cpu --sweep          # every M against dequantize_4bit + torch's linear
 
-The peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack. `timing.py` says how is
-timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
+The peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; benchmarks/timing.py says
+how they are timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timing import copies_for
+from benchmarks.timing import copies_for
 from torch.nn.functional import linear
 
 import fourbit

@@ -9,9 +9,9 @@ from typing import Any
 import targets
 import torch
 from benchmarks.measure import microseconds
+from benchmarks.timing import ReadBandwidth, Times, copies_for, interleave
 from peers_contenders import BLOCKSIZE, DTYPES, Weights, bind, check, composed_calls, linear_calls, stored_bytes
 from targets import Target
-from timing import ReadBandwidth, Times, copies_for, interleave
 
 import fourbit
 
@@ -91,11 +91,10 @@ def _linear_row(
     torch.set_num_threads(threads)
     if rows == 1:
         contenders = {**contenders, "read": bandwidth.calls()}
-    before = bandwidth.measure() if rows == 1 else 0.0
     times = interleave(contenders, settings.seconds, rounds=settings.rounds)
     values = ratios(times)
     if rows == 1:
-        limit = max(before, bandwidth.gigabytes_per_second(times["read"].least), bandwidth.measure())
+        limit = bandwidth.best(times["read"])
         rate = stored_bytes(*weights.fourbit()[0]) / times["fourbit"].median / 1e9
         values |= {"read GB/s": limit, "GB/s": rate, targets.READ: rate / limit}
         if "fourbit double" in times:

@@ -11,8 +11,8 @@ from typing import Any
 
 import targets
 import torch
+from benchmarks.timing import ReadBandwidth, Times
 from peers_cpu import Row, Settings
-from timing import Times
 
 import fourbit
 
@@ -49,14 +49,16 @@ def print_row(case: str, row: Row, heading: str | None) -> str:
     if now != heading:
         print(f"\n{now}: median [p10 to p90] ms, ×: a peer's time over fourbit's")
     own = row.times["fourbit"]
-    parts = [f"fourbit {_ms(own)}"]
+    parts = [f"fourbit {milliseconds(own)}"]
     for name, times in row.times.items():
         if name == "fourbit double":
-            parts.append(f"double-quantized {_ms(times)}")
+            parts.append(f"double-quantized {milliseconds(times)}")
         elif name not in ("fourbit", "read"):
-            parts.append(f"{name} {_ms(times)} {row.values[name]:.2f}×")
+            parts.append(f"{name} {milliseconds(times)} {row.values[name]:.2f}×")
     if targets.READ in row.values:
         parts.append(_rates(row))
+        if not ReadBandwidth.steady(row.times["read"]):
+            parts.append(f"UNSTEADY: reads took {milliseconds(row.times['read'])}")
     parts += [f"{row.values[key]:.2f} {key}" for key in _PLAIN_VALUES if key in row.values]
     print(f"{row.label:22s} {row.threads} thread{'s' * (row.threads > 1)}: " + " | ".join(parts), flush=True)
     verdicts = [f"{t.measure} {_value(t.measure, v)} ({t.describe()}) {verdict}" for t, v, verdict in row.verdicts()]
@@ -102,7 +104,8 @@ def _value(measure: str, value: float) -> str:
     return f"{value:.0%}" if measure == targets.READ else f"{value:.2f}"
 
 
-def _ms(times: Times) -> str:
+def milliseconds(times: Times) -> str:
+    """ "0.308 [0.301 to 0.322]": the median, and what 10 % and 90 % stay below."""
     if times.count == 1:
         return f"{times.median * 1e3:.4g}"
     return f"{times.median * 1e3:.4g} [{times.p10 * 1e3:.4g} to {times.p90 * 1e3:.4g}]"

@@ -27,12 +27,13 @@ def copies_for(weight_bytes: int, cold_bytes: int = COLD_BYTES) -> int:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call: the median of `count` calls, what 10 % and 90 % of them stay below, and the least."""
+    """Seconds a call: the median of `count` calls, what 10 % and 90 % of them stay below, the least and the mean."""
 
     median: float
     p10: float
     p90: float
     least: float
+    mean: float
     count: int
 
     @classmethod
@@ -40,7 +41,8 @@ class Times:
         """Summary of at least one sample."""
         ordered = sorted(samples)
         last = len(ordered) - 1
-        return cls(median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], ordered[0], len(ordered))
+        p10, p90 = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+        return cls(median(ordered), p10, p90, ordered[0], sum(ordered) / len(ordered), len(ordered))
 
 
 def interleave(
@@ -87,29 +89,28 @@ def interleave(
 
 
 class ReadBandwidth:
-    """A streaming read of a buffer that no cache holds, as a contender and as a figure of its own.
+    """A streaming read of a buffer that no cache holds, as a contender beside what reads weights.
 
-    torch's sum of float32, the fastest of torch's and numpy's reductions here (1 and 2 threads: sum 42 and 78 GB/s,
-    amax 38 and 68, dot 36 and 70). The buffer lies in pages of 4 KiB unless the system gives huge ones unasked.
+    Each call is torch's sum of 128 MiB of float32, the next part of the buffer: the fastest read among torch's and
+    numpy's reductions (seen with 1 thread: sum 42 GB/s, amax 38, dot 36). The buffer lies in pages of 4 KiB unless
+    the system gives huge ones unasked. On a virtual machine the limit of 2 threads depends on which physical cores
+    the host gives them at the moment (seen: 50 and 77 GB/s, within minutes), so it means something only beside
+    times that were taken in turn with it.
     """
 
-    def __init__(self, size: int = READ_BYTES) -> None:
-        self.size = size
-        self.buffer = torch.ones(size // 4)
+    def __init__(self, size: int = READ_BYTES, part: int = 128 << 20) -> None:
+        self.part = part
+        self.parts = torch.ones(size // part, part // 4).unbind(0)
 
     def calls(self) -> list[Callable[[], object]]:
         """As a contender of `interleave`."""
-        return [self.buffer.sum]
+        return [part.sum for part in self.parts]
 
-    def gigabytes_per_second(self, seconds: float) -> float:
-        """Of a read that took `seconds`."""
-        return self.size / seconds / 1e9
+    def best(self, times: Times) -> float:
+        """GB/s that 90 % of the reads stayed below: the best but for luck."""
+        return self.part / times.p10 / 1e9
 
-    def measure(self, repeats: int = 6) -> float:
-        """GB/s of the best of `repeats` reads with torch's present number of threads."""
-        best = float("inf")
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            self.buffer.sum()
-            best = min(best, time.perf_counter() - begin)
-        return self.gigabytes_per_second(best)
+    @staticmethod
+    def steady(times: Times) -> bool:
+        """Whether the limit stayed the same meanwhile, within a quarter."""
+        return times.p90 < 1.25 * times.p10
