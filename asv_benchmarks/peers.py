@@ -106,7 +106,7 @@ def main() -> None:
     with torch.no_grad():
         for name, case in cases.items():
             heading = None
-            for row in case(settings):
+            for row in peers_cpu.watched(case(settings)):
                 rows.append(row)
                 heading = peers_report.print_row(name, row, heading)
     peers_report.print_summary(rows)

@@ -9,6 +9,7 @@ from typing import Any
 import targets
 import torch
 from benchmarks.measure import microseconds
+from benchmarks.others import Others
 from benchmarks.timing import ReadBandwidth, Times, copies_for, interleave
 from peers_contenders import BLOCKSIZE, DTYPES, Weights, bind, check, composed_calls, linear_calls, stored_bytes
 from targets import Target
@@ -33,7 +34,10 @@ class Settings:
 
 @dataclass
 class Row:
-    """One line of the tables: `times` by contender, `values` by measure (ratios, GB/s), both against fourbit's."""
+    """One line of the tables: `times` by contender, `values` by measure (ratios to fourbit's time, GB/s).
+
+    `others` is what other processes used meanwhile, in cores.
+    """
 
     case: str
     label: str
@@ -41,6 +45,7 @@ class Row:
     times: dict[str, Times]
     values: dict[str, float] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
+    others: float | None = None
 
     def verdicts(self) -> list[tuple[Target, float, str]]:
         """Targets whose peer was there, with the value and the verdict."""
@@ -55,6 +60,7 @@ class Row:
             "threads": self.threads,
             "seconds": {name: asdict(times) for name, times in self.times.items()},
             "values": self.values,
+            "cores_used_by_others": self.others,
             "targets": [{**asdict(target), "value": value, "verdict": v} for target, value, v in self.verdicts()],
         }
 
@@ -258,6 +264,15 @@ def sweep(settings: Settings) -> Iterator[Row]:
                     times = interleave(contenders, settings.seconds / 8, rounds=(3, settings.rounds[1]))
                     label = f"{shape[0]}×{shape[1]} M={rows} {dtype}"
                     yield Row("sweep", label, threads, times, ratios(times), (targets.NEVER_SLOWER,))
+
+
+def watched(case: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a case, each with what other processes used while it was made."""
+    others = Others()
+    for row in case:
+        row.others = others.share()
+        yield row
+        others = Others()
 
 
 CASES: dict[str, Callable[[Settings], Iterator[Row]]] = {

@@ -59,6 +59,8 @@ def print_row(case: str, row: Row, heading: str | None) -> str:
         parts.append(_rates(row))
         if not ReadBandwidth.steady(row.times["read"]):
             parts.append(f"UNSTEADY: reads took {milliseconds(row.times['read'])}")
+    if row.others is not None and row.others > 0.1:
+        parts.append(f"DISTURBED: others used {row.others:.0%} of a core")
     parts += [f"{row.values[key]:.2f} {key}" for key in _PLAIN_VALUES if key in row.values]
     print(f"{row.label:22s} {row.threads} thread{'s' * (row.threads > 1)}: " + " | ".join(parts), flush=True)
     verdicts = [f"{t.measure} {_value(t.measure, v)} ({t.describe()}) {verdict}" for t, v, verdict in row.verdicts()]
@@ -90,7 +92,7 @@ def print_summary(rows: list[Row]) -> None:
     for row, target, value, _ in missed:
         print(
             f"  MISSED {row.label}, {row.threads} thread{'s' * (row.threads > 1)}: {target.measure}"
-            f" {_value(target.measure, value)}, {target.describe()}"
+            f" {_value(target.measure, value)}, {target.describe()}{_doubt(row)}"
         )
     swept = [row for row in rows if row.case == "sweep"]
     for threads in sorted({row.threads for row in swept}):
@@ -98,6 +100,12 @@ def print_summary(rows: list[Row]) -> None:
         print(
             f"least ratio to {targets.COMPOSED}, {threads} threads: {worst.values[targets.COMPOSED]:.2f}, {worst.label}"
         )
+
+
+def _doubt(row: Row) -> str:
+    if row.others is not None and row.others > 0.1:
+        return f" (others used {row.others:.0%} of a core)"
+    return ""
 
 
 def _value(measure: str, value: float) -> str:

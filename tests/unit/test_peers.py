@@ -138,3 +138,8 @@ def test_every_contender_is_checked_before_it_is_timed(load):
     contenders.check(calls, weights, x, "fp32")
     with pytest.raises(RuntimeError, match="fourbit computes something else"):
         contenders.check({"fourbit": [lambda: calls["fourbit"][0]() * 1.001]}, weights, x, "fp32")
+
+
+def test_what_others_use_is_not_negative(load):
+    share = load("benchmarks.others").Others().share()
+    assert share is None or share >= 0
