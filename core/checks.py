@@ -105,7 +105,7 @@ def weight(
     return (
         packed if packed.is_contiguous() else packed.contiguous(),
         absmax if absmax.is_contiguous() else absmax.contiguous(),
-        table,
+        table if table.is_contiguous() else table.contiguous(),
     )
 
 

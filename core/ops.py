@@ -58,7 +58,7 @@ def _quantize_4bit(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool =
     checks.code("quantize_4bit", code, 16, w.device)
     key = (w.device, w.dtype, blocksize, False)
     run = _quantize_table.get(key) or miss("quantize_4bit", key)
-    result: tuple[Tensor, Tensor] = run(w.contiguous(), code, blocksize, signed_scale)
+    result: tuple[Tensor, Tensor] = run(w.contiguous(), code.contiguous(), blocksize, signed_scale)
     return result
 
 
@@ -116,6 +116,7 @@ def _linear_4bit(
         or code.dtype is not torch.float32
         or not packed.is_contiguous()
         or not absmax.is_contiguous()
+        or not code.is_contiguous()
         or (bias is not None and not _bias_fits(bias, out_features, x))
         or not _scales_fit(absmax, nested_absmax, nested_code, nested_offset, device)
     ):
@@ -124,6 +125,7 @@ def _linear_4bit(
         packed, absmax, code = checks.weight("linear_4bit", packed, absmax, code, blocksize, count, nested, device)
         if bias is not None:
             checks.bias("linear_4bit", bias, out_features, x)
+            bias = bias.contiguous()
         if run is None:
             if x.is_meta:  # the shortcut past torch's dispatcher leads here, where no backend serves
                 return fakes.linear_4bit(x, packed, absmax, code, blocksize, out_features)
@@ -137,7 +139,8 @@ def _linear_4bit(
 
 
 def _bias_fits(bias: Tensor, out_features: int, x: Tensor) -> bool:
-    return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device
+    """Whether the bias is surely right, as it is."""
+    return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device and bias.is_contiguous()
 
 
 def _scales_fit(
@@ -267,7 +270,7 @@ def _quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
     checks.code("quantize_blockwise", code, 256, x.device)
     key = (x.device, x.dtype, blocksize, False)
     run = _quantize_blockwise_table.get(key) or miss("quantize_blockwise", key)
-    result: tuple[Tensor, Tensor] = run(x.contiguous(), code, blocksize)
+    result: tuple[Tensor, Tensor] = run(x.contiguous(), code.contiguous(), blocksize)
     return result
 
 
@@ -277,7 +280,7 @@ def _dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize
     checks.blockwise(op, codes, absmax, code, blocksize)
     key = (codes.device, dtype, blocksize, False)
     run = _dequantize_blockwise_table.get(key) or miss(op, key)
-    result: Tensor = run(codes.contiguous(), absmax.contiguous(), code, blocksize, dtype)
+    result: Tensor = run(codes.contiguous(), absmax.contiguous(), code.contiguous(), blocksize, dtype)
     return result
 
 

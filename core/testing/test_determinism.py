@@ -27,6 +27,22 @@ def test_same_call_same_bits(need, device, op):
             assert_same_bits(again, before, f"{op}, called again")
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_any_strides(need, device, op):
+    """Backends get contiguous tensors, whatever the caller has: each argument in turn, the codebook too."""
+    need(op, **query(op))
+    args = arguments(op, device)
+    want = [leaf.cpu().clone() for leaf in tree_leaves(getattr(torch.ops.fourbit, op)(*args))]
+    for position, tensor in enumerate(args):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        spread = torch.stack([tensor, torch.ones_like(tensor)], dim=-1)[..., 0]
+        assert not spread.is_contiguous() or tensor.numel() == 1
+        given = (*args[:position], spread, *args[position + 1 :])
+        for actual, expected in zip(tree_leaves(getattr(torch.ops.fourbit, op)(*given)), want, strict=True):
+            assert_same_bits(actual, expected, f"{op} with argument {position} not contiguous")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", (1, 16, 300))
 def test_products_of_some_size(need, device, rows, dtype):
