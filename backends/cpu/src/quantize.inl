@@ -10,6 +10,7 @@
 namespace fourbit::FOURBIT_ISA {
 
 constexpr int64_t MAX_BLOCKSIZE = 4096;
+constexpr int64_t STAGE = 4096;  // elements: whole blocks that the first-level cache holds
 constexpr int64_t QUANTIZE_TASK = 1 << 16;  // elements: whole blocks, 256 KB of float32
 
 // What a block's elements are multiplied with or, where its reciprocal would overflow, divided by.
@@ -19,25 +20,31 @@ struct Scale {
   bool ordinary;  // `inverse` is the reciprocal. Else the block is zero, not finite, or below 2^-126
 };
 
+inline bool is_ordinary(uint32_t bits) { return bits >= 0x00800000 && bits < 0x7f800000; }
+
 // Of the bits of the largest magnitude. `negative`: no positive element reaches it.
 inline Scale scale_of(uint32_t bits, bool negative) {
   if (bits >= 0x7f800000) return {__builtin_nanf(""), 0.0f, false};
   const float absmax = bits_float(negative && bits != 0 ? bits | 0x80000000 : bits);
-  return {absmax, 1.0f / absmax, bits >= 0x00800000};
+  return {absmax, 1.0f / absmax, is_ordinary(bits)};
 }
 
-// Of a whole block: `count` is a multiple of 32.
+// The largest magnitude's bits of a whole block: `count` is a multiple of 32.
 template <Dtype D>
-inline Scale find_scale(const typename Values<D>::Type* w, int64_t count, bool signed_scale) {
+inline uint32_t largest_of(const typename Values<D>::Type* w, int64_t count) {
   Largest largest;
   for (int64_t i = 0; i < count; i += 32) {
     for (int j = 0; j < 32; j += W) largest.add(Values<D>::load(w + i + j));
   }
-  const uint32_t bits = largest.result();
-  if (!signed_scale) return scale_of(bits, false);
+  return largest.result();
+}
+
+// Whether no element of a whole block is positive and of the largest magnitude.
+template <Dtype D>
+inline bool is_negative(const typename Values<D>::Type* w, int64_t count, uint32_t bits) {
   Contains positive(bits_float(bits));
   for (int64_t i = 0; i < count; i += W) positive.add(Values<D>::load(w + i));
-  return scale_of(bits, !positive.result());
+  return !positive.result();
 }
 
 // Of a short block.
@@ -88,31 +95,56 @@ inline void quantize64(const typename Values<D>::Type* w, F low, F high, const E
   encode64(values, encoder, out);
 }
 
+// Elements of whole blocks, at most STAGE: first all scales, which so overlap, then all codes from the cache.
+template <Dtype D>
+void quantize_stage(const typename Values<D>::Type* w, int64_t count, int64_t blocksize, bool signed_scale,
+                    const Encoder& encoder, uint8_t* packed, float* absmax) {
+  constexpr int64_t most = STAGE / 32;
+  uint32_t bits[most];
+  float inverse[most];
+  const int64_t blocks = count / blocksize;
+  for (int64_t b = 0; b < blocks; ++b) bits[b] = largest_of<D>(w + b * blocksize, blocksize);
+  int all_ordinary = 1;
+  for (int64_t b = 0; b < blocks; ++b) {
+    all_ordinary &= is_ordinary(bits[b]);
+    absmax[b] = bits_float(bits[b]);
+    inverse[b] = 1.0f / absmax[b];
+  }
+  if (__builtin_expect(signed_scale || !all_ordinary, 0)) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const bool negative = signed_scale && is_negative<D>(w + b * blocksize, blocksize, bits[b]);
+      const Scale scale = scale_of(bits[b], negative);
+      absmax[b] = scale.absmax;
+      inverse[b] = scale.inverse;
+    }
+  }
+  const int64_t unit = blocksize < 64 ? 64 : blocksize, next = blocksize < 64 ? 1 : 0;
+  for (int64_t i = 0, b = 0; i < count; i += unit, b += 1 + next) {
+    if (!all_ordinary && !(is_ordinary(bits[b]) && is_ordinary(bits[b + next]))) {
+      for (int64_t j = b; j <= b + next; ++j) {
+        const Scale scale = {absmax[j], inverse[j], is_ordinary(bits[j])};
+        quantize_any<D>(w + j * blocksize, blocksize, scale, encoder, packed + j * blocksize / 2);
+      }
+      continue;
+    }
+    const F low = splat(inverse[b]), high = splat(inverse[b + next]);
+    for (int64_t j = i; j < i + unit; j += 64) {
+      for (int line = 0; line < 64; line += 64 / static_cast<int>(sizeof *w)) prefetch(w + STAGE + j + line);
+      quantize64<D>(w + j, low, high, encoder, packed + j / 2);
+    }
+  }
+}
+
 // Elements `first` to `end`: whole blocks, but for the last of all.
 template <Dtype D>
 void quantize_range(const typename Values<D>::Type* w, int64_t first, int64_t end, int64_t blocksize,
                     bool signed_scale, const Encoder& encoder, uint8_t* packed, float* absmax) {
+  const int64_t unit = blocksize < 64 ? 64 : blocksize;
   int64_t i = first;
-  for (; blocksize >= 64 && i + blocksize <= end; i += blocksize) {
-    const Scale scale = find_scale<D>(w + i, blocksize, signed_scale);
-    absmax[i / blocksize] = scale.absmax;
-    if (__builtin_expect(!scale.ordinary, 0)) {
-      quantize_any<D>(w + i, blocksize, scale, encoder, packed + i / 2);
-      continue;
-    }
-    const F inverse = splat(scale.inverse);
-    for (int64_t j = i; j < i + blocksize; j += 64) quantize64<D>(w + j, inverse, inverse, encoder, packed + j / 2);
-  }
-  for (; blocksize == 32 && i + 64 <= end; i += 64) {
-    const Scale low = find_scale<D>(w + i, 32, signed_scale), high = find_scale<D>(w + i + 32, 32, signed_scale);
-    absmax[i / 32] = low.absmax;
-    absmax[i / 32 + 1] = high.absmax;
-    if (__builtin_expect(!(low.ordinary && high.ordinary), 0)) {
-      quantize_any<D>(w + i, 32, low, encoder, packed + i / 2);
-      quantize_any<D>(w + i + 32, 32, high, encoder, packed + i / 2 + 16);
-      continue;
-    }
-    quantize64<D>(w + i, splat(low.inverse), splat(high.inverse), encoder, packed + i / 2);
+  while (end - i >= unit) {
+    const int64_t count = end - i < STAGE ? (end - i) / unit * unit : STAGE;
+    quantize_stage<D>(w + i, count, blocksize, signed_scale, encoder, packed + i / 2, absmax + i / blocksize);
+    i += count;
   }
   for (; i < end; i += blocksize) {
     const int64_t count = blocksize < end - i ? blocksize : end - i;
@@ -148,7 +180,7 @@ template <Dtype D>
 void quantize_block(const typename Values<D>::Type* x, int64_t count, int64_t blocksize, const Search256& search,
                     uint8_t* codes, float* absmax) {
   const bool whole = count == blocksize;
-  const Scale scale = whole ? find_scale<D>(x, count, false) : find_scale_short<D>(x, count, false);
+  const Scale scale = whole ? scale_of(largest_of<D>(x, count), false) : find_scale_short<D>(x, count, false);
   *absmax = scale.absmax;
   int64_t i = 0;
   if (scale.ordinary) {

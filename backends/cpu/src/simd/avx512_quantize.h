@@ -25,12 +25,37 @@ struct Contains {
   bool result() const { return found != 0; }
 };
 
-// A codebook of 16 values: a binary search in registers. Each has the edges beginning with the first that its
-// level can ask for.
+// A codebook of 16 values. Where each of 32 equal buckets of [-1, 1] has at most one edge (NF4 and FP4 do), the
+// bucket of a value leaves one comparison. Else a binary search in registers.
 struct Encoder {
-  __m512 edges[4];
-  __m512i codes;  // in each 128 bits
+  __m512 bucket_edge[2];
+  __m512i bucket_first[2];  // edges in the buckets below
+  __m512 edges[4];          // beginning with the first that a level of the search can ask for
+  __m512i codes;            // in each 128 bits
+  bool bucketed;
 };
+
+// Never decreasing in v, so that what is in another bucket than an edge is on the side of it that the bucket is.
+// A little less than 32 buckets wide: a largest element times its reciprocal may be just above 1.
+inline __m512i bucket_of(F v) { return _mm512_cvttps_epi32(fma(v, splat(15.75f), splat(16.0f))); }
+
+inline bool fill_buckets(const Edges<16>& sorted, Encoder& encoder) {
+  float edge[32];
+  int first[32], bucket[16];
+  _mm512_storeu_si512(bucket, bucket_of(load(sorted.edges)));
+  int next = 0;
+  for (int i = 0; i < 32; ++i) {
+    edge[i] = sorted.edges[15];
+    first[i] = next;
+    if (bucket[next] == i) edge[i] = sorted.edges[next++];
+  }
+  encoder.bucket_edge[0] = load(edge);
+  encoder.bucket_edge[1] = load(edge + 16);
+  encoder.bucket_first[0] = _mm512_loadu_si512(first);
+  encoder.bucket_first[1] = _mm512_loadu_si512(first + 16);
+  return !(sorted.edges[next] < sorted.edges[15]);  // none is left over
+}
+
 inline Encoder make_encoder(const float* code) {
   const Edges<16> sorted = find_edges<16>(code);
   Encoder encoder;
@@ -41,11 +66,19 @@ inline Encoder make_encoder(const float* code) {
   encoder.edges[2] = load(shifted + 1);
   encoder.edges[3] = load(shifted);
   encoder.codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sorted.codes)));
+  encoder.bucketed = fill_buckets(sorted, encoder);
   return encoder;
 }
 
 // How many edges are below each value.
-inline __m512i edges_below(F v, const Encoder& encoder) {
+inline __m512i edges_below_by_bucket(F v, const Encoder& encoder) {
+  const __m512i bucket = bucket_of(v);
+  const F edge = _mm512_permutex2var_ps(encoder.bucket_edge[0], bucket, encoder.bucket_edge[1]);
+  const __m512i first = _mm512_permutex2var_epi32(encoder.bucket_first[0], bucket, encoder.bucket_first[1]);
+  const __mmask16 above = _mm512_cmp_ps_mask(v, edge, _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1));
+}
+inline __m512i edges_below_by_search(F v, const Encoder& encoder) {
   __mmask16 above = _mm512_cmp_ps_mask(v, encoder.edges[0], _CMP_GT_OQ);
   __m512i index = _mm512_maskz_mov_epi32(above, _mm512_set1_epi32(8));
   above = _mm512_cmp_ps_mask(v, _mm512_permutexvar_ps(index, encoder.edges[1]), _CMP_GT_OQ);
@@ -59,7 +92,11 @@ inline __m512i edges_below(F v, const Encoder& encoder) {
 // 64 values of at most about 1 in magnitude to 32 bytes.
 inline void encode64(const F* values, const Encoder& encoder, uint8_t* out) {
   __m512i index[4];
-  for (int i = 0; i < 4; ++i) index[i] = edges_below(values[i], encoder);
+  if (encoder.bucketed) {
+    for (int i = 0; i < 4; ++i) index[i] = edges_below_by_bucket(values[i], encoder);
+  } else {
+    for (int i = 0; i < 4; ++i) index[i] = edges_below_by_search(values[i], encoder);
+  }
   const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(index[0], index[1]),  //
                                             _mm512_packs_epi32(index[2], index[3]));
   // each 128 bits have 4 elements of each vector
