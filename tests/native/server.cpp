@@ -112,6 +112,16 @@ void probe_access() {
 // Results that depend on the number of threads. Shows that this is caught.
 void probe_threads() { memory[0].data()[0] = static_cast<uint8_t>(thread_count); }
 
+// Threads that write to one place. Shows that ThreadSanitizer is at work.
+void probe_race() {
+  auto* counter = reinterpret_cast<int32_t*>(memory[0].data());
+  *counter = 0;
+  const auto body = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t i = begin; i < end; ++i) *static_cast<volatile int32_t*>(context) = 1;
+  };
+  parallel_for(0, 1000, 1, body, counter);
+}
+
 // What the kernel returns, or -1.
 int64_t run_op(const Kernels& kernels) {
   const std::string op = call.op;
@@ -120,6 +130,8 @@ int64_t run_op(const Kernels& kernels) {
     probe_access();
   } else if (op == "probe_threads") {
     probe_threads();
+  } else if (op == "probe_race") {
+    probe_race();
   } else if (op == "quantize_4bit" || op == "quantize_blockwise") {
     const auto* w = a.pointer<const void>();
     const Dtype dtype = a.dtype();

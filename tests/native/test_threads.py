@@ -1,0 +1,36 @@
+"""ThreadSanitizer over ops that are large enough to be split, on each instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourbit.testing.inputs import normal
+from fourbit.testing.oracle import make_weight
+from tests.native.backend import NativeServerBackend
+from tests.native.builds import VARIANTS
+from tests.native.client import Server
+
+
+@pytest.mark.parametrize("isa", [isa for build, isa in VARIANTS if build == "sanitized"])
+def test_no_races(server_command, isa):
+    with Server(server_command("threads", isa), isa) as server:
+        backend = NativeServerBackend(server)
+        weight = make_weight(520, 1088, double_quant=True)
+        args, nested = weight.args("cpu"), weight.nested_args("cpu")
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows in (1, 3, 40):
+                backend.linear_4bit(normal(rows, 1088).to(dtype), *args, 520, *nested)
+                backend.linear_4bit_grad(normal(rows, 520).to(dtype), *args, 1088, *nested)
+            w = backend.dequantize_4bit(*args, weight.shape, dtype, *nested)
+            backend.quantize_4bit(w, args[2], 64, False)
+        codes, absmax = backend.quantize_blockwise(normal(1 << 18), nested[1], 256)
+        backend.dequantize_blockwise(codes, absmax, nested[1], 256, torch.float16)
+        backend.embedding_4bit(torch.arange(520), *args, 520, 1088, torch.bfloat16, *nested)
+        assert server.close() == 0
+
+
+def test_a_race_is_found(server_command):
+    with Server(server_command("threads", "scalar"), "scalar") as server:
+        server.call("probe_race", (torch.int32, 1))
+        assert server.close() != 0
