@@ -260,7 +260,7 @@ import sys, torch
 before = set(sys.modules)
 import fourbit
 new = set(sys.modules) - before
-bad = sorted(m for m in new if m.startswith(("pluggy", "fourbit.backends", "fourbit.plugins", "fourbit.reference",
+bad = sorted(m for m in new if m.startswith(("pluggy", "fourbit.backends.", "fourbit.plugins", "fourbit.reference",
     "plugin_", "fourbit.testing", "fourbit.nn", "fourbit.cli", "fourbit.checkpoint", "transformers", "safetensors",
     "typer", "rich", "numpy", "torch._dynamo", "torch._inductor")))
 assert not bad, bad
@@ -280,3 +280,18 @@ def test_import_is_light(install):
     while len(times) < 3 and time.monotonic() - started < 60:
         times.append(float(run(program, env).stdout))
     assert statistics.median(times) < 0.5, times
+
+
+def test_loading_a_built_in_backend_leaves_the_public_function():
+    """`fourbit.backends` is a function, and the package that holds the built-in ones has the same name."""
+    program = """
+import sys, types
+import fourbit
+child = types.ModuleType("fourbit.backends.pretend")
+sys.modules["fourbit.backends.pretend"] = child
+import fourbit.backends.pretend
+from fourbit.backends import __doc__
+assert callable(fourbit.backends), fourbit.backends
+assert fourbit.backends() and fourbit.backends()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
