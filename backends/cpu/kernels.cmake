@@ -1,12 +1,13 @@
 # fourbit_add_kernels(name): the kernels as a static library, one source an instruction set, each with its own
 # flags. Shared by the Python module and by the tests' programs.
-set(FOURBIT_FLAGS -O3 -Wall -Wextra -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=off)
+set(FOURBIT_FLAGS -O3 -Wall -Wextra -Wno-maybe-uninitialized -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=off)
 
 set(FOURBIT_CPU_SRC ${CMAKE_CURRENT_LIST_DIR}/src)
 
 function(fourbit_add_kernels name)
   set(src ${FOURBIT_CPU_SRC})
-  add_library(${name} STATIC ${src}/dispatch.cpp ${src}/parallel.cpp ${src}/isa/scalar.cpp)
+  add_library(${name} STATIC ${src}/dispatch.cpp ${src}/parallel.cpp ${src}/workspace.cpp
+              ${src}/isa/scalar.cpp)
   string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
   if(processor MATCHES "x86_64|amd64")
     set(avx2 -mavx2 -mfma -mf16c)

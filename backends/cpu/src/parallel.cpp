@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <atomic>
+
 namespace fourbit {
 namespace {
 

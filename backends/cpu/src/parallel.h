@@ -1,7 +1,6 @@
 // Work shared among torch's own threads.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 namespace fourbit {

@@ -49,6 +49,26 @@ inline void narrow_f16(uint16_t* p, F v) {
   store128(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// The W x W block of its rows, turned.
+inline void transpose(F (&r)[W]) {
+  F t[W];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // The values' bytes: plane b has byte b of each of the 16, in both halves, for vpshufb.
@@ -100,22 +120,24 @@ inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
   for (int v = 0; v < 4; ++v) out[v] = _mm256_permutevar8x32_ps(out[v], order);
 }
 
+// For products of few rows: unscaled values of 128 weights, in the order that costs least. `element(i)` is the
+// element at position i, so that x can be brought into the same order once.
 struct Exact {
   using Table = FOURBIT_ISA::Table;
+  static constexpr int VECTORS = 128 / W;
   static Table table(const float* code) { return make_table(code, 1.0f); }
-  static void decode64(const uint8_t* bytes, const Table& table, F* out) {
-    decode32_even_odd(bytes, table, out);
-    decode32_even_odd(bytes + 16, table, out + 4);
+  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
+    for (int part = 0; part < 4; ++part) decode32_even_odd(bytes + 16 * part, table, out + part * (32 / W));
   }
   static constexpr int element(int position) {
     const int lane = position % 8;
     return position / 8 * 8 + (lane < 4 ? 2 * lane : 2 * lane - 7);
   }
-  static F scales(int index, F low, F high) { return index < 32 / W ? low : high; }
 };
 
 // Values rounded to bfloat16 have two bytes: half the lookups, and shifts and masks in place of the last unpacking.
 struct Rounded {
+  static constexpr int VECTORS = 128 / W;
   struct Table {
     __m256i low, high;
   };
@@ -135,19 +157,33 @@ struct Rounded {
     out[2] = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
     out[3] = _mm256_castsi256_ps(_mm256_and_si256(b, mask));
   }
-  static void decode64(const uint8_t* bytes, const Table& table, F* out) {
-    decode32(bytes, table, out);
-    decode32(bytes + 16, table, out + 4);
+  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
+    for (int part = 0; part < 4; ++part) decode32(bytes + 16 * part, table, out + part * 4);
   }
   static constexpr int element(int position) {
     const int vector = position / 8, lane = position % 8;
     return vector / 2 * 16 + vector % 2 * 2 + lane % 4 * 4 + lane / 4;
   }
-  static F scales(int index, F low, F high) { return index < 32 / W ? low : high; }
 };
+
+// The scales of 128 weights: two of 64 each, or four of 32.
+struct Scales {
+  F parts[4];
+  static Scales halves(float first, float second) {
+    return {{splat(first), splat(first), splat(second), splat(second)}};
+  }
+  static Scales quarters(const float* s) { return {{splat(s[0]), splat(s[1]), splat(s[2]), splat(s[3])}}; }
+  F of(int vector) const { return parts[vector / (32 / W)]; }
+};
+// Vectors from one on that have the same scales: a sum over them needs scaling once.
+constexpr int SAME_SCALES = 32 / W;
 
 template <int TileM>
 inline constexpr int tile_n = TileM == 3 ? 4 : TileM == 2 ? 6 : 12;
+// Sums that one row of x is kept in, in few-row products.
+constexpr int DOT_CHAINS = 2;
+// Rows of the weight that share a load of x there.
+constexpr int DOT_ROWS = 1;
 constexpr int MAX_TILE_M = 2;
 
 }  // namespace fourbit::FOURBIT_ISA

@@ -32,6 +32,16 @@ inline void narrow_bf16(uint16_t* p, F v) {
 }
 inline void narrow_f16(uint16_t* p, F v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 
+// The W x W block of its rows, turned.
+inline void transpose(F (&r)[W]) {
+  const F a = vtrn1q_f32(r[0], r[1]), b = vtrn2q_f32(r[0], r[1]);
+  const F c = vtrn1q_f32(r[2], r[3]), d = vtrn2q_f32(r[2], r[3]);
+  r[0] = vcombine_f32(vget_low_f32(a), vget_low_f32(c));
+  r[1] = vcombine_f32(vget_low_f32(b), vget_low_f32(d));
+  r[2] = vcombine_f32(vget_high_f32(a), vget_high_f32(c));
+  r[3] = vcombine_f32(vget_high_f32(b), vget_high_f32(d));
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // The values' bytes: plane b has byte b of each of the 16, for tbl.
@@ -71,19 +81,21 @@ inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
   }
 }
 
+// For products of few rows: unscaled values of 128 weights, in the order that costs least. `element(i)` is the
+// element at position i, so that x can be brought into the same order once.
 struct Exact {
   using Table = FOURBIT_ISA::Table;
+  static constexpr int VECTORS = 128 / W;
   static Table table(const float* code) { return make_table(code, 1.0f); }
-  static void decode64(const uint8_t* bytes, const Table& table, F* out) {
-    decode32(bytes, table, out);
-    decode32(bytes + 16, table, out + 8);
+  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
+    for (int part = 0; part < 4; ++part) decode32(bytes + 16 * part, table, out + part * (32 / W));
   }
   static constexpr int element(int position) { return position; }
-  static F scales(int index, F low, F high) { return index < 32 / W ? low : high; }
 };
 
 // Values rounded to bfloat16 have two bytes: half the lookups.
 struct Rounded {
+  static constexpr int VECTORS = 128 / W;
   struct Table {
     uint8x16_t low, high;
   };
@@ -93,8 +105,8 @@ struct Rounded {
     const FOURBIT_ISA::Table exact = make_table(rounded, 1.0f);
     return {exact.planes[2], exact.planes[3]};
   }
-  static void decode64(const uint8_t* bytes, const Table& table, F* out) {
-    for (int group = 0; group < 2; ++group) {
+  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
+    for (int group = 0; group < 4; ++group) {
       const Nibbles index = nibbles32(bytes + 16 * group);
       for (int part = 0; part < 2; ++part, out += 4) {
         const uint8x16_t low = vqtbl1q_u8(table.low, index.parts[part]);
@@ -109,11 +121,26 @@ struct Rounded {
     }
   }
   static constexpr int element(int position) { return position; }
-  static F scales(int index, F low, F high) { return index < 32 / W ? low : high; }
 };
 
+// The scales of 128 weights: two of 64 each, or four of 32.
+struct Scales {
+  F parts[4];
+  static Scales halves(float first, float second) {
+    return {{splat(first), splat(first), splat(second), splat(second)}};
+  }
+  static Scales quarters(const float* s) { return {{splat(s[0]), splat(s[1]), splat(s[2]), splat(s[3])}}; }
+  F of(int vector) const { return parts[vector / (32 / W)]; }
+};
+// Vectors from one on that have the same scales: a sum over them needs scaling once.
+constexpr int SAME_SCALES = 32 / W;
+
 template <int TileM>
-inline constexpr int tile_n = TileM == 4 ? 6 : TileM == 3 ? 8 : TileM == 2 ? 12 : 20;
+inline constexpr int tile_n = TileM == 4 ? 6 : TileM == 3 ? 8 : TileM == 2 ? 12 : 24;
+// Sums that one row of x is kept in, in few-row products.
+constexpr int DOT_CHAINS = 4;
+// Rows of the weight that share a load of x there.
+constexpr int DOT_ROWS = 1;
 constexpr int MAX_TILE_M = 4;
 
 }  // namespace fourbit::FOURBIT_ISA
