@@ -48,11 +48,10 @@ class CpuBackend(Backend):
         if query.op.endswith("grad"):
             return f"{how}; {arithmetic}, the weight decoded into a scratch in the cache"
         few = 8 if pairs else 4
+        scratch = "decoded into a scratch in the cache"
         if len(shape) < 2 or shape[-1] % 64:
-            return (
-                f"{how}; {arithmetic}, the weight decoded into a scratch in the cache (rows are not a multiple of 64)"
-            )
-        return f"{how}; {arithmetic}, the weight streamed for up to {few} rows of x, else decoded into a scratch in the cache"
+            return f"{how}; {arithmetic}, the weight {scratch} (its rows are not a multiple of 64)"
+        return f"{how}; {arithmetic}, the weight streamed for up to {few} rows of x, else {scratch}"
 
     def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
         count = w.numel()

@@ -1,6 +1,9 @@
 # fourbit_add_kernels(name): the kernels as a static library, one source an instruction set, each with its own
 # flags. Shared by the Python module and by the tests' programs.
-set(FOURBIT_FLAGS -O3 -Wall -Wextra -Wno-maybe-uninitialized -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=off)
+set(FOURBIT_FLAGS -O3 -Wall -Wextra -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=off)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  list(APPEND FOURBIT_FLAGS -Wno-maybe-uninitialized)  # clang does not know it
+endif()
 
 set(FOURBIT_CPU_SRC ${CMAKE_CURRENT_LIST_DIR}/src)
 

@@ -12,7 +12,6 @@
 
 namespace fourbit::FOURBIT_ISA {
 
-constexpr int64_t GROUP = 128;           // columns decoded at a time
 constexpr int64_t L1_BYTES = 32 << 10;    // of x that a thread keeps close
 constexpr int64_t AHEAD_BYTES = 8 << 10;  // of the weight that is prefetched
 constexpr int64_t TASK_BYTES = 64 << 10;  // of the weight that a task reads
@@ -104,9 +103,6 @@ struct Bf16Dot {
   static F dot(F sum, __m512i w, const uint16_t* x) {
     return Bf16Element::multiply_add(_mm512_loadu_si512(x), w, sum);
   }
-  static __m512i pair(F first, F second) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-  }
   template <bool Scaled, bool Quarters, int R>
   inline __attribute__((always_inline)) void group(const uint8_t* const* bytes, int64_t at, const uint16_t* x,
                                                    const float (*s)[4], F (&sums)[R][M][CHAINS]) const {
@@ -126,23 +122,18 @@ struct Bf16Dot {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
       for (int t = 0; t < TABLES; ++t)
-        table[r][t] = pair(mul(values, splat(s[r][2 * t])), mul(values, splat(s[r][2 * t + 1])));
+        table[r][t] = Bf16Element::scaled_pair(values, s[r][2 * t], s[r][2 * t + 1]);
     }
-    const __m512i part = Quarters ? _mm512_inserti64x4(_mm512_set1_epi32(0), _mm256_set1_epi16(32), 1) : zero_bits();
-    const __m512i which = Quarters ? _mm512_or_si512(part, _mm512_set_epi64(ODD, ODD, 0, 0, ODD, ODD, 0, 0))
-                                   : _mm512_set_epi64(ODD, ODD, ODD, ODD, 0, 0, 0, 0);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       __m512i w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const __m512i b = _mm512_loadu_si512(bytes[r] + at);
-        // (nibble & 15) | which
-        const __m512i index = _mm512_ternarylogic_epi32(nibbles(b, v), _mm512_set1_epi16(15), which, 0xea);
         if constexpr (Quarters)
-          w[r] = _mm512_permutex2var_epi16(table[r][0], index, table[r][TABLES - 1]);
+          w[r] = _mm512_permutex2var_epi16(table[r][0], quarter_index(nibbles(b, v)), table[r][TABLES - 1]);
         else
-          w[r] = _mm512_permutexvar_epi16(index, table[r][0]);
+          w[r] = _mm512_permutexvar_epi16(Bf16Element::half_index(nibbles(b, v)), table[r][0]);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -155,8 +146,12 @@ struct Bf16Dot {
   }
 
  private:
-  static constexpr long long ODD = 0x0010001000100010;  // four words of 16: the second table of a pair
-  static __m512i zero_bits() { return _mm512_setzero_si512(); }
+  // (nibble & 15) | 16 times the quarter: which of the four tables, two in each of a pair of vectors.
+  static __m512i quarter_index(__m512i nibbles) {
+    constexpr long long ONE = 0x0010001000100010, TWO = 2 * ONE;
+    return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15),
+                                     _mm512_set_epi64(ONE | TWO, ONE | TWO, TWO, TWO, ONE, ONE, 0, 0), 0xea);
+  }
   // Words whose low four bits are the nibbles of elements 4i + v.
   static __m512i nibbles(__m512i bytes, int v) {
     constexpr int SHIFTS[4] = {4, 0, 12, 8};
@@ -173,10 +168,10 @@ struct Segment {
   int shift;
 };
 
-// Adds one segment's products to `into`. The scales of row r begin with the one of its first column.
+// Adds one segment's products to `into` (or starts it). The scales of row r begin with the one of its first column.
 template <bool Scaled, int R, typename Dot, int M, int Chains>
 inline void dot_segment(const Dot& dot, const Segment& segment, const typename Dot::Type* x,
-                        const float* const* scales, F (*into)[M][Chains]) {
+                        const float* const* scales, bool first, F (*into)[M]) {
   F sums[R][M][Chains];  // of this segment, added at the end: shorter chains round less
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m)
@@ -232,8 +227,11 @@ inline void dot_segment(const Dot& dot, const Segment& segment, const typename D
       dot.template group<Scaled, false, R>(rest, 0, x + whole * M, s, sums);
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m)
-      for (int c = 0; c < Chains; ++c) into[r][m][c] = add(into[r][m][c], sums[r][m][c]);
+    for (int m = 0; m < M; ++m) {
+      F sum = sums[r][m][0];
+      for (int c = 1; c < Chains; ++c) sum = add(sum, sums[r][m][c]);
+      into[r][m] = first ? sum : add(into[r][m], sum);
+    }
 }
 
 template <typename Dot, int M>
@@ -255,12 +253,9 @@ void dot_product(const void* x, Dtype dtype, int64_t n, int64_t k, const Weight&
   auto body = [&](int64_t task) {
     const Dot dot(weight.code);
     const int64_t begin = task * walk.rows, end = min64(begin + walk.rows, n);
-    F sums[MAX_TASK_ROWS][M][Dot::CHAINS];
-    for (int64_t row = 0; row < end - begin; ++row)
-      for (int m = 0; m < M; ++m)
-        for (int c = 0; c < Dot::CHAINS; ++c) sums[row][m][c] = zero();
+    F sums[MAX_TASK_ROWS][M];
     float* buffer = static_cast<float*>(workspace(TASK, ROWS * room * static_cast<int64_t>(sizeof(float))));
-    auto segment = [&](int64_t row, int64_t term, auto scaled, auto rows, F(*into)[M][Dot::CHAINS]) {
+    auto segment = [&](int64_t row, int64_t term, auto scaled, auto rows, F(*into)[M]) {
       constexpr int R = decltype(rows)::value;
       const Segment part{weight.packed, origin + row * k + term, min64(walk.terms, k - term), k, ahead, shift};
       const float* scales[R];
@@ -269,25 +264,36 @@ void dot_product(const void* x, Dtype dtype, int64_t n, int64_t k, const Weight&
         scales[r] = scales_of(weight, block, nested ? ((start + part.terms - 1) >> shift) - block + 1 : 0,
                               buffer + r * room);
       }
-      dot_segment<decltype(scaled)::value, R>(dot, part, ordered + term * M, scales, into);
+      dot_segment<decltype(scaled)::value, R, Dot, M, Dot::CHAINS>(dot, part, ordered + term * M, scales, term == 0,
+                                                                   into);
     };
     for (int64_t term = 0; term < k; term += walk.terms) {
       int64_t row = begin;
       for (; row + ROWS <= end; row += ROWS) segment(row, term, Number<M != 1>{}, Number<ROWS>{}, sums + (row - begin));
       for (; row < end; ++row) segment(row, term, Number<M != 1>{}, Number<1>{}, sums + (row - begin));
     }
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = begin; row < end; row += W) {
+      const int64_t count = min64(W, end - row);
+      const F added = bias_lanes(bias, dtype, row, count);
       for (int m = 0; m < M; ++m) {
-        float y = total(sums[row - begin][m]);
-        if (M == 1 && !(y - y == 0.0f)) {
+        F lanes[W];
+        for (int64_t r = 0; r < W; ++r) lanes[r] = r < count ? sums[row - begin + r][m] : zero();
+        transpose(lanes);
+        F y = lanes[0];
+        for (int r = 1; r < W; ++r) y = add(y, lanes[r]);
+        if (M == 1 && !finite(y)) {
           // A sum of unscaled products may overflow where the scaled ones do not (and a NaN stays one).
-          F again[1][M][Dot::CHAINS];
-          for (int c = 0; c < Dot::CHAINS; ++c) again[0][0][c] = zero();
-          for (int64_t term = 0; term < k; term += walk.terms) segment(row, term, Number<1>{}, Number<1>{}, again);
-          y = total(again[0][0]);
+          float values[W];
+          for (int64_t r = 0; r < W; ++r) {
+            F again[1][M] = {};
+            if (r < count)
+              for (int64_t term = 0; term < k; term += walk.terms)
+                segment(row + r, term, Number<1>{}, Number<1>{}, again);
+            values[r] = sum(again[0][0]);
+          }
+          y = load(values);
         }
-        if (bias != nullptr) y += float_at(bias, dtype, row);
-        put_float(out, dtype, m * n + row, y);
+        store_some(static_cast<char*>(out) + (m * n + row) * size_of(dtype), dtype, add(y, added), count);
       }
     }
   };

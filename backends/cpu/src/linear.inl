@@ -15,9 +15,9 @@ constexpr int FEW_FLOAT = 4, FEW_BF16 = 8;
 inline bool small(int64_t m, int64_t n, int64_t k) { return n * k * (8 + m) < (int64_t{1} << 22); }
 
 template <typename E>
-Panels<E> make_panels(const void* x, Dtype dtype, int64_t m, int64_t reduced, bool serial) {
+Panels<E> make_panels(const void* x, Dtype dtype, int64_t m, int64_t reduced, bool ordered, bool serial) {
   Panels<E> panels{static_cast<typename E::Type*>(workspace(PANELS, Panels<E>::bytes(m, reduced))), m,
-                   round_up(reduced, 64)};
+                   round_up(reduced, GROUP), ordered};
   panels.fill(x, dtype, reduced, serial);
   return panels;
 }
@@ -26,13 +26,14 @@ Panels<E> make_panels(const void* x, Dtype dtype, int64_t m, int64_t reduced, bo
 inline void linear_at(const void* x, Dtype dtype, int64_t m, int64_t n, int64_t k, const Weight& weight,
                       int64_t origin, const void* bias, void* out) {
   const bool serial = small(m, n, k), whole = origin % 64 == 0 && k % 64 == 0;
+  const bool ordered = origin % 64 == 0 && k % GROUP == 0 && weight.blocksize >= 64;
 #if defined(__AVX512BF16__)
   if (dtype == BFLOAT16) {
     if (whole && m <= FEW_BF16) {
       dispatch_rows<FEW_BF16, Bf16Dot>(m, x, dtype, n, k, weight, origin, bias, out, serial);
     } else {
-      const auto panels = make_panels<Bf16Element>(x, dtype, m, k, serial);
-      ForwardProduct<Bf16Element>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
+      const auto panels = make_panels<Bf16Element>(x, dtype, m, k, ordered, serial);
+      forward_product(panels, weight, origin, n, k, bias, dtype, out, serial);
     }
     return;
   }
@@ -44,8 +45,8 @@ inline void linear_at(const void* x, Dtype dtype, int64_t m, int64_t n, int64_t 
       dispatch_rows<FEW_FLOAT, ExactDot>(m, x, dtype, n, k, weight, origin, bias, out, serial);
     return;
   }
-  const auto panels = make_panels<FloatElement>(x, dtype, m, k, serial);
-  ForwardProduct<FloatElement>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
+  const auto panels = make_panels<FloatElement>(x, dtype, m, k, ordered, serial);
+  forward_product(panels, weight, origin, n, k, bias, dtype, out, serial);
 }
 
 // out [m, k] = grad [m, n] times the [n, k] that begins at element `origin` of the weight.
@@ -54,12 +55,12 @@ inline void gradient_at(const void* grad, Dtype dtype, int64_t m, int64_t n, int
   const bool serial = small(m, n, k);
 #if defined(__AVX512BF16__)
   if (dtype == BFLOAT16) {
-    const auto panels = make_panels<Bf16Element>(grad, dtype, m, n, serial);
+    const auto panels = make_panels<Bf16Element>(grad, dtype, m, n, false, serial);
     GradientProduct<Bf16Element>::run(panels, weight, origin, n, k, dtype, out, serial);
     return;
   }
 #endif
-  const auto panels = make_panels<FloatElement>(grad, dtype, m, n, serial);
+  const auto panels = make_panels<FloatElement>(grad, dtype, m, n, false, serial);
   GradientProduct<FloatElement>::run(panels, weight, origin, n, k, dtype, out, serial);
 }
 

@@ -18,7 +18,8 @@
 
 namespace fourbit::FOURBIT_ISA {
 
-constexpr int REDUCED = 512;
+constexpr int64_t GROUP = 128;  // terms that are decoded at a time where their order is free
+constexpr int REDUCED = 512, REDUCED_FEW = 256;  // the latter for one panel: it and its weights fit the first cache
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -84,10 +85,11 @@ template <typename E>
 struct Panels {
   typename E::Type* data;
   int64_t m, padded;  // padded: terms, rounded up
+  bool ordered;       // each GROUP of terms in the order of decode_ordered
   static constexpr int64_t LANES = MAX_TILE_M * W;
 
   static int64_t bytes(int64_t m, int64_t reduced) {
-    return round_up(m, W) * round_up(reduced, 64) * static_cast<int64_t>(sizeof(typename E::Type));
+    return round_up(m, W) * round_up(reduced, GROUP) * static_cast<int64_t>(sizeof(typename E::Type));
   }
   int64_t count() const { return (m + LANES - 1) / LANES; }
   int vectors(int64_t panel) const {
@@ -99,17 +101,18 @@ struct Panels {
   }
 
   void fill(const void* source, Dtype dtype, int64_t reduced, bool serial) {
-    constexpr int64_t CHUNK = 64;
-    const int64_t chunks = (padded + CHUNK * 8 - 1) / (CHUNK * 8);
+    constexpr int64_t CHUNK = GROUP;
+    const int64_t chunks = (padded + CHUNK * 4 - 1) / (CHUNK * 4);
     auto body = [&](int64_t task) {
-      const int64_t panel = task / chunks, begin = task % chunks * CHUNK * 8;
+      const int64_t panel = task / chunks, begin = task % chunks * CHUNK * 4;
       const int64_t lanes = vectors(panel) * W, first_row = panel * LANES;
-      for (int64_t term = begin; term < min64(begin + CHUNK * 8, padded); term += CHUNK) {
+      for (int64_t term = begin; term < min64(begin + CHUNK * 4, padded); term += CHUNK) {
         typename E::Type* out = data + panel * LANES * padded + term * lanes;
         for (int64_t lane = 0; lane < lanes; ++lane) {
           alignas(64) typename E::Type row[CHUNK] = {};
           const int64_t have = first_row + lane < m ? min64(CHUNK, reduced - term) : 0;
           if (have > 0) E::convert(source, dtype, (first_row + lane) * reduced + term, have, row);
+          if (ordered) E::order(row);
           for (int64_t step = 0; step < CHUNK / E::STEP; ++step)
             std::memcpy(out + (step * lanes + lane) * E::STEP, row + step * E::STEP,
                         sizeof(typename E::Type) * E::STEP);
@@ -126,26 +129,14 @@ inline void store_outputs(const float* c, int64_t ldc, int64_t first_m, int64_t 
   const int64_t size = size_of(dtype);
   for (int64_t j = 0; j < rows; j += W) {
     const int64_t columns = min64(W, rows - j);
-    F added = zero();
-    if (bias != nullptr) {
-      alignas(64) float values[W] = {};
-      for (int64_t i = 0; i < columns; ++i) values[i] = float_at(bias, dtype, first + j + i);
-      added = load(values);
-    }
+    const F added = bias_lanes(bias, dtype, first + j, columns);
     for (int64_t i = 0; i < m; i += W) {
       F block[W];
       for (int r = 0; r < W; ++r) block[r] = r < columns ? load(c + (j + r) * ldc + i) : zero();
       transpose(block);
       for (int64_t r = 0; r < min64(W, m - i); ++r) {
         char* target = static_cast<char*>(out) + ((first_m + i + r) * width + first + j) * size;
-        const F value = add(block[r], added);
-        if (columns == W) {
-          store_as(target, dtype, value);
-        } else {
-          alignas(64) char values[W * 4];
-          store_as(values, dtype, value);
-          std::memcpy(target, values, static_cast<size_t>(columns * size));
-        }
+        store_some(target, dtype, add(block[r], added), columns);
       }
     }
   }
@@ -169,6 +160,28 @@ void decode_aligned(const Weight& weight, int shift, int64_t start, int64_t coun
   }
 }
 
+// The same in the element's own order, which costs least, at a multiple of 64 and for a multiple of GROUP; the
+// blocksize is at least 64.
+template <typename E>
+void decode_ordered(const Weight& weight, int shift, int64_t start, int64_t count, int64_t next,
+                    typename E::Type* out) {
+  float buffer[REDUCED / 32 + 2];
+  const int64_t first = start >> shift;
+  const float* scales = scales_of(weight, first, ((start + count - 1) >> shift) - first + 1, buffer);
+  const uint8_t* bytes = weight.packed + start / 2;
+  for (int64_t line = 0; line < count / 2; line += 64) prefetch(weight.packed + next / 2 + line);
+  prefetch(static_cast<const char*>(weight.absmax) + (next >> shift) * (weight.nested_absmax == nullptr ? 4 : 1));
+  const typename E::Codes codes = E::codes(weight.code);
+  if (shift == 6) {
+    for (int64_t i = 0; i < count; i += GROUP)
+      E::decode128(bytes + i / 2, codes, scales[i / 64], scales[i / 64 + 1], out + i);
+  } else {
+    for (int64_t i = 0; i < count; i += GROUP)
+      E::decode128(bytes + i / 2, codes, scales[((start + i) >> shift) - first],
+                   scales[((start + i + 64) >> shift) - first], out + i);
+  }
+}
+
 // The same for any start and count.
 template <typename E>
 void decode_any(const Weight& weight, int64_t start, int64_t count, typename E::Type* out) {
@@ -177,33 +190,34 @@ void decode_any(const Weight& weight, int64_t start, int64_t count, typename E::
 
 constexpr int64_t MAX_M = 512;  // rows of x for which one task keeps its sums
 
-// linear_4bit for the weight of n rows that begins at element `origin` of `weight`.
-template <typename E>
-struct ForwardProduct {
+// linear_4bit for the weight of n rows that begins at element `origin` of `weight`: ROWS of them a task, TERMS
+// columns at a time.
+template <typename E, int ROWS, int TERMS>
+struct ForwardTasks {
   using Type = typename E::Type;
-  static constexpr int ROWS = 96;
-  static constexpr int ROW = REDUCED + 64 / sizeof(Type);  // a stride that is no power of two: cache sets
+  static constexpr int ROW = TERMS + 64 / sizeof(Type);  // a stride that is no power of two: cache sets
 
   static void run(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k,
                   const void* bias, Dtype dtype, void* out, bool serial) {
-    const int64_t rows = panels.m <= 4 * W ? 24 : ROWS;
-    const int64_t blocks = (n + rows - 1) / rows, parts = (panels.m + MAX_M - 1) / MAX_M;
+    const int64_t blocks = (n + ROWS - 1) / ROWS, parts = (panels.m + MAX_M - 1) / MAX_M;
     const bool aligned = origin % 32 == 0 && k % 32 == 0;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize));
     const int64_t ldc = round_up(min64(panels.m, MAX_M), W);
     auto body = [&](int64_t task) {
-      const int64_t first = task / parts * rows, part = task % parts;
-      const int64_t count = min64(rows, n - first), begin = part * MAX_M, end = min64(begin + MAX_M, panels.m);
+      const int64_t first = task / parts * ROWS, part = task % parts;
+      const int64_t count = min64(ROWS, n - first), begin = part * MAX_M, end = min64(begin + MAX_M, panels.m);
       Type* scratch = static_cast<Type*>(
           workspace(TASK, ROWS * ROW * static_cast<int64_t>(sizeof(Type)) + ROWS * ldc * static_cast<int64_t>(4)));
       float* c = reinterpret_cast<float*>(scratch + ROWS * ROW);
-      for (int64_t term = 0; term < k; term += REDUCED) {
-        const int64_t terms = min64(REDUCED, k - term), steps = (terms + E::STEP - 1) / E::STEP;
+      for (int64_t term = 0; term < k; term += TERMS) {
+        const int64_t terms = min64(TERMS, k - term), steps = (terms + E::STEP - 1) / E::STEP;
         for (int64_t row = 0; row < count; ++row) {
           Type* target = scratch + row * ROW;
           const int64_t start = origin + (first + row) * k + term;
-          const int64_t next = term + REDUCED < k ? start + REDUCED : start - term + rows * k;
-          if (aligned)
+          const int64_t next = term + TERMS < k ? start + TERMS : start - term + ROWS * k;
+          if (panels.ordered)
+            decode_ordered<E>(weight, shift, start, terms, next, target);
+          else if (aligned)
             decode_aligned<E>(weight, shift, start, terms, next, target);
           else
             decode_any<E>(weight, start, terms, target);
@@ -218,6 +232,15 @@ struct ForwardProduct {
     parallel(blocks * parts, serial, body);
   }
 };
+
+template <typename E>
+void forward_product(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k,
+                     const void* bias, Dtype dtype, void* out, bool serial) {
+  if (panels.count() == 1)
+    ForwardTasks<E, 24, REDUCED_FEW>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
+  else
+    ForwardTasks<E, 96, REDUCED>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
+}
 
 // linear_4bit_grad: the outputs are columns of the weight, the terms its rows.
 template <typename E>

@@ -14,21 +14,6 @@ inline float float_at(const void* source, Dtype dtype, int64_t index) {
   return dtype == BFLOAT16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
-inline void put_float(void* target, Dtype dtype, int64_t index, float value) {
-  if (dtype == FLOAT32)
-    static_cast<float*>(target)[index] = value;
-  else
-    static_cast<uint16_t*>(target)[index] = dtype == BFLOAT16 ? float_to_bf16(value) : float_to_f16(value);
-}
-
-// A number of lanes' vectors as one number.
-template <int Count>
-inline float total(const F (&parts)[Count]) {
-  F all = parts[0];
-  for (int i = 1; i < Count; ++i) all = add(all, parts[i]);
-  return sum(all);
-}
-
 // A constant as an argument.
 template <int Value>
 struct Number {
@@ -48,6 +33,30 @@ inline void store_as(void* target, Dtype dtype, F value) {
     narrow_bf16(static_cast<uint16_t*>(target), value);
   else
     narrow_f16(static_cast<uint16_t*>(target), value);
+}
+
+// The first `count` lanes alone.
+inline void store_some(void* target, Dtype dtype, F value, int64_t count) {
+  if (count == W) return store_as(target, dtype, value);
+  alignas(64) char values[W * 4];
+  store_as(values, dtype, value);
+  std::memcpy(target, values, static_cast<size_t>(count * size_of(dtype)));
+}
+
+inline F bias_lanes(const void* bias, Dtype dtype, int64_t first, int64_t count) {
+  if (bias == nullptr) return zero();
+  if (count == W) return load_as(bias, dtype, first);
+  float values[W] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = float_at(bias, dtype, first + i);
+  return load(values);
+}
+
+inline bool finite(F value) {
+  float values[W];
+  store(values, value);
+  bool all = true;
+  for (int i = 0; i < W; ++i) all &= values[i] - values[i] == 0.0f;
+  return all;
 }
 
 struct FloatElement {
@@ -72,6 +81,22 @@ struct FloatElement {
     int64_t i = 0;
     for (; i + W <= count; i += W) store(out + i, load_as(source, dtype, index + i));
     for (; i < count; ++i) out[i] = float_at(source, dtype, index + i);
+  }
+  struct Codes {
+    Exact::Table table;
+  };
+  static Codes codes(const float* code) { return {Exact::table(code)}; }
+  static void decode128(const uint8_t* bytes, const Codes& codes, float first, float second, float* out) {
+    F values[Exact::VECTORS];
+    Exact::decode128(bytes, codes.table, values);
+    const Scales scales = Scales::halves(first, second);
+#pragma GCC unroll 128
+    for (int v = 0; v < Exact::VECTORS; ++v) store(out + v * W, mul(values[v], scales.of(v)));
+  }
+  static void order(float* x) {
+    float natural[128];
+    std::memcpy(natural, x, sizeof natural);
+    for (int i = 0; i < 128; ++i) x[i] = natural[Exact::element(i)];
   }
   static void interleave(const float* rows, int count, float* out) { std::memcpy(out, rows, sizeof(float) * count); }
 };
@@ -108,6 +133,34 @@ struct Bf16Element {
   }
   static void convert(const void* source, Dtype, int64_t index, int64_t count, uint16_t* out) {
     std::memcpy(out, static_cast<const uint16_t*>(source) + index, static_cast<size_t>(count) * 2);
+  }
+  struct Codes {
+    F values;
+  };
+  static Codes codes(const float* code) { return {load(code)}; }
+  // Words 0 to 15 of a vector are the first 64 weights: bit 4 of an index chooses the table.
+  static void decode128(const uint8_t* bytes, const Codes& codes, float first, float second, uint16_t* out) {
+    const __m512i table = scaled_pair(codes.values, first, second);
+    const __m512i b = _mm512_loadu_si512(bytes);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(half_index(_mm512_srli_epi16(b, 4)), table));
+    _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(half_index(b), table));
+    _mm512_storeu_si512(out + 64, _mm512_permutexvar_epi16(half_index(_mm512_srli_epi16(b, 12)), table));
+    _mm512_storeu_si512(out + 96, _mm512_permutexvar_epi16(half_index(_mm512_srli_epi16(b, 8)), table));
+  }
+  static __m512i scaled_pair(F values, float first, float second) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(mul(values, splat(second)), mul(values, splat(first))));
+  }
+  // (nibble & 15) | 16 in the upper half.
+  static __m512i half_index(__m512i nibbles) {
+    constexpr long long ODD = 0x0010001000100010;
+    return _mm512_ternarylogic_epi32(nibbles, _mm512_set1_epi16(15), _mm512_set_epi64(ODD, ODD, ODD, ODD, 0, 0, 0, 0),
+                                     0xea);
+  }
+  static void order(uint16_t* x) {
+    uint16_t natural[128];
+    std::memcpy(natural, x, sizeof natural);
+    for (int v = 0; v < 4; ++v)
+      for (int i = 0; i < 32; ++i) x[v * 32 + i] = natural[4 * i + v];
   }
   static void interleave(const uint16_t* rows, int count, uint16_t* out) {
     const __m512i low = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006,
