@@ -29,6 +29,7 @@ class Build:
 
 BUILDS = {
     "plain": Build(("-DFOURBIT_WERROR=ON",)),
+    "clang": Build(("-DFOURBIT_WERROR=ON", "-DCMAKE_CXX_COMPILER=clang++"), ("clang++",)),
     "sanitized": Build(("-DFOURBIT_SANITIZE=address,undefined",)),
     "threads": Build(("-DFOURBIT_SANITIZE=thread",)),
     "arm64": Build(
@@ -45,6 +46,7 @@ VARIANTS = tuple(
     [
         *(("plain", isa) for isa in (("avx512_bf16", "avx512", "avx2") if X86 else ("neon",))),
         ("plain", "scalar"),
+        ("clang", "avx512_bf16" if X86 else "neon"),
         *(("sanitized", isa) for isa in (("avx512_bf16", "avx512", "avx2") if X86 else ("neon",))),
         ("sanitized", "scalar"),
         *([("arm64", "neon")] if X86 else []),
@@ -58,7 +60,7 @@ def server_command(name: str, folder: Path) -> list[str]:
     build = BUILDS[name]
     if platform.system() != "Linux":
         skip_or_fail("the server of tests/native is written for Linux")
-    compiler = () if "arm64" in name else (os.environ.get("CXX", "c++"),)
+    compiler = () if build.needs else (os.environ.get("CXX", "c++"),)
     for tool in ("cmake", *compiler, *build.needs):
         if shutil.which(tool) is None:
             skip_or_fail(f"{tool}, which tests/native needs, is not installed")
