@@ -99,7 +99,7 @@ class Backend:
     """Values of `torch.device.type` that it serves; ("*",) means any."""
 
     priority: ClassVar[int] = 50
-    """Among backends for one device the highest is asked first. The reference has 0."""
+    """Among backends for one device the highest is asked first. The reference has 0, fourbit's own backends 5."""
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine (what is missing, what to install), or None if it can.

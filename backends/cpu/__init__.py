@@ -25,6 +25,7 @@ class CpuBackend(Backend):
     api_version = 1
     name = "cpu"
     device_types = ("cpu",)
+    priority = 5  # one that a user installed beside it is meant to be used
 
     def __init__(self) -> None:
         self.isa = ""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fourbit
+from fourbit.testing.oracle import assert_product
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,11 +28,11 @@ def test_gradients_are_those_of_the_dequantized_weight(weight, shape, dtype):
     x = randn(*shape, seed=1, dtype=dtype).requires_grad_()
     bias = randn(48, seed=2, dtype=dtype).requires_grad_()
     up = randn(*shape[:-1], 48, seed=3, dtype=dtype)
-    got = torch.autograd.grad(fourbit.linear_4bit(x, packed, state, bias), (x, bias), up)
-    want = torch.autograd.grad(torch.nn.functional.linear(x, w.to(dtype), bias), (x, bias), up)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == dtype and a.shape == b.shape
-        torch.testing.assert_close(a, b)
+    of_x, of_bias = torch.autograd.grad(fourbit.linear_4bit(x, packed, state, bias), (x, bias), up)
+    assert_product(of_x, up, w, dtype)
+    (want,) = torch.autograd.grad(torch.nn.functional.linear(x, w.to(dtype), bias), bias, up)
+    assert of_bias.dtype == dtype
+    torch.testing.assert_close(of_bias, want)
 
 
 def test_only_what_is_asked_for(weight):
@@ -112,7 +113,8 @@ def test_double_backward_equals_that_of_the_dequantized_weight(weight):
         (third,) = torch.autograd.grad(second.sum(), x)
         results.append((grad, second, third))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
+        # float32 rounding of the products, which the sines and squares between them carry on
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
 
 
 # ---- autocast ------------------------------------------------------------------------------------

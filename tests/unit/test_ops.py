@@ -10,6 +10,7 @@ import torch
 import fourbit
 from fourbit import registry
 from fourbit.ops import SCHEMAS
+from fourbit.testing.oracle import assert_product
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,13 +32,11 @@ def weight(request):
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (5, 64), (0, 64), (2, 0, 64), (2, 3, 4, 64)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_is_torchs_linear_on_the_dequantized_weight(weight, shape, with_bias, dtype):
+def test_linear_is_the_product_with_the_dequantized_weight(weight, shape, with_bias, dtype):
     packed, state, w = weight
     x, bias = randn(*shape, seed=1, dtype=dtype), randn(48, seed=2, dtype=dtype) if with_bias else None
     y = fourbit.linear_4bit(x, packed, state, bias)
-    want = torch.nn.functional.linear(x, w.to(dtype), bias)
-    assert y.dtype == dtype and y.shape == want.shape
-    torch.testing.assert_close(y, want)
+    assert_product(y, x, w.T, dtype, bias)
 
 
 def test_non_contiguous_arguments(weight):
@@ -80,7 +79,7 @@ def test_inference_mode(weight, dtype):
         x = randn(2, 64, dtype=dtype)
         y = fourbit.linear_4bit(x, packed, state)
         assert y.is_inference()
-        torch.testing.assert_close(y, x @ w.to(dtype).T)
+        assert_product(y, x, w.T, dtype)
         inside, inside_state = fourbit.quantize_4bit(randn(8, 32))
     # the code table is shared: made under inference mode, it must still serve outside
     fourbit.linear_4bit(randn(2, 32).requires_grad_(), inside.clone(), fourbit.quantize_4bit(randn(8, 32))[1])
@@ -133,7 +132,8 @@ def test_grouped_linear(shape, nested):
     assert not y[start:].any()
     (grad,) = torch.autograd.grad(y.square().sum(), x)
     (want_grad,) = torch.autograd.grad(want.square().sum(), x)
-    torch.testing.assert_close(grad, want_grad)
+    # the products of two libraries differ by float32 rounding, and their squares' gradient by as much of its size
+    torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-6 * float(want_grad.abs().max()))
 
 
 # ---- arguments that do not fit -------------------------------------------------------------------
