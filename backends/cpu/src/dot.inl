@@ -13,7 +13,7 @@
 namespace fourbit::FOURBIT_ISA {
 
 constexpr int64_t L1_BYTES = 32 << 10;    // of x that a thread keeps close
-constexpr int64_t AHEAD_BYTES = 8 << 10;  // of the weight that is prefetched
+constexpr int64_t AHEAD_BYTES = 16 << 10;  // of the weight that is prefetched
 constexpr int64_t TASK_BYTES = 64 << 10;  // of the weight that a task reads
 constexpr int ROW_UNIT = 12, MAX_TASK_ROWS = 48;  // multiples of any number of rows that share x
 
