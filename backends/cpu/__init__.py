@@ -50,7 +50,7 @@ class CpuBackend(Backend):
             return f"{how}; {arithmetic}, the weight decoded into a scratch in the cache"
         few = 8 if pairs else 4
         scratch = "decoded into a scratch in the cache"
-        if len(shape) < 2 or shape[-1] % 64:
+        if len(shape) >= 2 and shape[-1] % 64:
             return f"{how}; {arithmetic}, the weight {scratch} (its rows are not a multiple of 64)"
         return f"{how}; {arithmetic}, the weight streamed for up to {few} rows of x, else {scratch}"
 

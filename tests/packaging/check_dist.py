@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NATIVE = (".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh", "CMakeLists.txt")
+NATIVE = (".c", ".cc", ".cpp", ".cu", ".h", ".hpp", ".cuh", ".inl", ".cmake", "CMakeLists.txt")
 KERNEL_FOLDERS = ("fourbit/backends/gpu/", "fourbit/backends/cuda/", "fourbit/backends/rocm/")  # compiled at run time
 
 
@@ -42,16 +42,19 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
         top = name.split("/")[0]
         known = top in ("fourbit", "fourbit_pytest.py") or top.endswith(".dist-info")
         check(known, f"the wheel installs {name} outside of the package")
+    check("fourbit/backends/cpu/_native.abi3.so" in names, "the wheel lacks the compiled CPU kernels")
     check("fourbit_pytest.py" in names, "the wheel lacks fourbit_pytest.py, the pytest plugin")
     check("fourbit/py.typed" in names, "the wheel lacks fourbit/py.typed")
     check(any(n.endswith("licenses/LICENSE") for n in names), "the wheel lacks the licence")
     check("Name: fourbit\n" in read_metadata, "the wheel is not named fourbit")
-    for line in ("[fourbit.backends]", "reference = fourbit.reference", "fourbit = fourbit_pytest", "fourbit.cli:main"):
+    for line in ("[fourbit.backends]", "cpu = fourbit.backends.cpu", "reference = fourbit.reference", "fourbit = fourbit_pytest", "fourbit.cli:main"):
         check(line in entry_points, f"the wheel's entry points lack {line!r}")
 
 
 def check_sdist(names: set[str]) -> None:
     for path in ("pyproject.toml", "README.md", "LICENSE", "core/__init__.py", "tests/support.py"):
+        check(path in names, f"the sdist lacks {path}")
+    for path in tracked("backends"):
         check(path in names, f"the sdist lacks {path}")
     for name in names:
         check(not name.startswith((".ci/", ".git/", "asv_benchmarks/results/")), f"the sdist has {name}")
@@ -72,6 +75,7 @@ def main() -> None:
         names = {n for n in wheel.namelist() if not n.endswith("/")}
         info = next(n for n in names if n.endswith(".dist-info/METADATA")).removesuffix("METADATA")
         check_wheel(names, wheel.read(info + "METADATA").decode(), wheel.read(info + "entry_points.txt").decode())
+    check("-cp310-abi3-" in wheels[0].name, f"{wheels[0].name} is not in the stable ABI")
     with tarfile.open(sdists[0]) as sdist:
         inside = {m.name.split("/", 1)[1] for m in sdist.getmembers() if m.isfile()}
     check_sdist(inside)
