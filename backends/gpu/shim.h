@@ -142,6 +142,11 @@ FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return (u32)__shfl_xor((int)v, mask
 FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
+FB_DEVICE void block_barrier() { __syncthreads(); }
+
+// How many of the block's threads say yes; a barrier.
+FB_DEVICE u32 block_count(bool yes) { return (u32)__syncthreads_count(yes); }
+
 // ---- failure --------------------------------------------------------------------------------------------------
 
 // Ends the kernel, and with it the process's use of the device, as an assertion of torch's own kernels does.
