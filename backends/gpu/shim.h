@@ -1,0 +1,161 @@
+// What the kernels take from a vendor, and nothing else: NVRTC's wheel and hipRTC both come without headers.
+//
+// Types, loads and stores of whole vectors, conversions with one rounding to nearest even, float32 arithmetic that
+// no compiler may contract, and shuffles. The host defines FB_ARCH (such as 900) and, under HIP, FB_WAVE.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if defined(__HIP__) || defined(__HIPCC_RTC__)
+#define FB_HIP 1
+#else
+#define FB_HIP 0
+#endif
+
+#if !FB_HIP
+#define FB_WAVE 32
+#endif
+
+#define FB_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define FB_DEVICE static __device__ __forceinline__
+
+// ---- vectors ------------------------------------------------------------------------------------------------
+
+struct __attribute__((aligned(8))) u32x2 {
+    u32 x, y;
+};
+struct __attribute__((aligned(16))) u32x4 {
+    u32 x, y, z, w;
+};
+
+// Loads of what is read once, past the first-level cache's keeping.
+#if FB_HIP
+FB_DEVICE u32 load_once(const u32* p) { return __builtin_nontemporal_load(p); }
+FB_DEVICE u32x4 load_once(const u32x4* p) { return *p; }
+FB_DEVICE void store_once(u32* p, u32 v) { __builtin_nontemporal_store(v, p); }
+FB_DEVICE void store_once(u32x4* p, u32x4 v) { *p = v; }
+#else
+FB_DEVICE u32 load_once(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+FB_DEVICE u32x4 load_once(const u32x4* p) {
+    u32x4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+FB_DEVICE void store_once(u32* p, u32 v) { asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+FB_DEVICE void store_once(u32x4* p, u32x4 v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+#endif
+
+// ---- float32, rounded after each operation -------------------------------------------------------------------
+
+FB_DEVICE u32 bits_of(float v) { return __builtin_bit_cast(u32, v); }
+FB_DEVICE float float_of(u32 v) { return __builtin_bit_cast(float, v); }
+
+#if FB_HIP
+FB_DEVICE float mul_rn(float a, float b) {
+#pragma clang fp contract(off)
+    return a * b;
+}
+FB_DEVICE float add_rn(float a, float b) {
+#pragma clang fp contract(off)
+    return a + b;
+}
+FB_DEVICE float div_rn(float a, float b) { return a / b; }
+#else
+FB_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+FB_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+FB_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+#endif
+
+// ---- 16-bit floats as u16 -------------------------------------------------------------------------------------
+
+FB_DEVICE float bf16_to_float(u32 low_half) { return float_of(low_half << 16); }
+
+FB_DEVICE u32 bf16_rounded_in_software(float v) {
+    u32 b = bits_of(v);
+    return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+}
+
+#if FB_HIP
+FB_DEVICE float f16_to_float(u32 low_half) { return (float)__builtin_bit_cast(_Float16, (u16)low_half); }
+FB_DEVICE u32 float_to_f16(float v) { return __builtin_bit_cast(u16, (_Float16)v); }
+FB_DEVICE u32 float_to_bf16(float v) { return bf16_rounded_in_software(v); }
+FB_DEVICE u32 floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
+FB_DEVICE u32 floats_to_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
+#else
+FB_DEVICE float f16_to_float(u32 low_half) {
+    float v;
+    asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(v) : "r"(low_half));
+    return v;
+}
+FB_DEVICE u32 float_to_f16(float v) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
+    return h;
+}
+#if FB_ARCH >= 800
+FB_DEVICE u32 float_to_bf16(float v) {
+    u16 h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
+    return h;
+}
+FB_DEVICE u32 floats_to_f16x2(float low, float high) {
+    u32 v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+FB_DEVICE u32 floats_to_bf16x2(float low, float high) {
+    u32 v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+#else
+FB_DEVICE u32 float_to_bf16(float v) { return bf16_rounded_in_software(v); }
+FB_DEVICE u32 floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
+FB_DEVICE u32 floats_to_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
+#endif
+#endif
+
+// The dtype of the floating-point side, chosen by -DDTYPE.
+#define FB_F32 0
+#define FB_BF16 1
+#define FB_F16 2
+
+// ---- lanes ----------------------------------------------------------------------------------------------------
+
+// The value of the lane whose number differs in the bits of `mask`; every lane of the wave takes part.
+#if FB_HIP
+FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return (u32)__shfl_xor((int)v, mask); }
+#else
+FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+#endif
+
+FB_DEVICE void block_barrier() { __syncthreads(); }
+
+// How many of the block's threads say yes; a barrier.
+FB_DEVICE u32 block_count(bool yes) { return (u32)__syncthreads_count(yes); }
+
+// ---- failure --------------------------------------------------------------------------------------------------
+
+// Ends the kernel, and with it the process's use of the device, as an assertion of torch's own kernels does.
+#if FB_HIP
+FB_DEVICE void device_fail(const char*, const char*, u32) { __builtin_trap(); }
+#else
+extern "C" __device__ __attribute__((noreturn)) void __assertfail(const char*, const char*, unsigned, const char*,
+                                                                  unsigned long);
+FB_DEVICE void device_fail(const char* what, const char* file, u32 line) {
+    __assertfail(what, file, line, "fourbit", 1);
+}
+#endif
