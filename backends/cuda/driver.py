@@ -179,7 +179,9 @@ class CudaLauncher(Launcher):
         from cuda.bindings import driver
 
         if spec.min_arch > self.props.arch:
-            raise LaunchError(f"kernel {spec.label()} needs sm_{spec.min_arch}, {self.props.name} has {self.props.arch}")
+            raise LaunchError(
+                f"kernel {spec.label()} needs sm_{spec.min_arch}, {self.props.name} has {self.props.arch}"
+            )
         code, where = compiler.compiled(spec, self.props.arch)
         with torch.cuda.device(self.props.index):
             self.make_current()

@@ -32,12 +32,12 @@ def _no_device(extra: str) -> str:
 
         error, number = driver.cuDriverGetVersion()
     except ImportError:
-        return f"torch finds no NVIDIA GPU (torch.cuda.device_count() is 0), and cuda-python is missing: pip install {extra}"
+        return f"torch finds no NVIDIA GPU (device_count() is 0), and cuda-python is missing: pip install {extra}"
     except Exception as failure:  # cuda-python's own, where the driver's library is not found
         return f"there is no NVIDIA driver ({_first_line(failure)}): install one; for WSL, the one of the host"
     if int(error) or number < OLDEST_CUDA * 1000:
         return f"the NVIDIA driver supports only CUDA {number // 1000}.{number % 1000 // 10}: update it"
-    return "torch finds no NVIDIA GPU (torch.cuda.device_count() is 0): is CUDA_VISIBLE_DEVICES empty?"
+    return "torch finds no NVIDIA GPU (torch.cuda.device_count() is 0): does CUDA_VISIBLE_DEVICES hide it?"
 
 
 def _no_driver(extra: str) -> str | None:
@@ -70,8 +70,8 @@ def too_new(nvrtc: tuple[int, int], driver: tuple[int, int]) -> str | None:
     if nvrtc[0] <= driver[0]:
         return None
     return (
-        f"the NVIDIA driver supports CUDA {driver[0]}.{driver[1]} and NVRTC is {nvrtc[0]}.{nvrtc[1]}: update the driver,"
-        f' or pip install "fourbit[cuda{driver[0]}]" with a torch for CUDA {driver[0]}'
+        f"the NVIDIA driver supports CUDA {driver[0]}.{driver[1]} and NVRTC is {nvrtc[0]}.{nvrtc[1]}:"
+        f' update the driver, or pip install "fourbit[cuda{driver[0]}]" with a torch for CUDA {driver[0]}'
     )
 
 

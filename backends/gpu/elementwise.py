@@ -7,7 +7,7 @@ they are aligned.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from math import prod
 
 import torch
@@ -22,27 +22,27 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Optional = Tensor | None
 
 
-@lru_cache(maxsize=None)
+@cache
 def quantize_spec(dtype: torch.dtype, blocksize: int, signed_scale: bool) -> KernelSpec:
     """Kernel of `quantize`."""
     defines = {"DTYPE": DTYPE_CODES[dtype], "BLOCKSIZE": blocksize, "SIGNED": int(signed_scale)}
     return KernelSpec.of("quantize.cu", "quantize_4bit", defines)
 
 
-@lru_cache(maxsize=None)
+@cache
 def dequantize_spec(dtype: torch.dtype, nested: bool) -> KernelSpec:
     """Kernel of `dequantize`."""
     return KernelSpec.of("dequantize.cu", "dequantize_4bit", {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested)})
 
 
-@lru_cache(maxsize=None)
+@cache
 def embedding_spec(dtype: torch.dtype, nested: bool, wide: bool) -> KernelSpec:
     """Kernel of `embedding`; `wide` for int64 ids."""
     defines = {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested), "WIDE": int(wide)}
     return KernelSpec.of("embedding.cu", "embedding_4bit", defines)
 
 
-@lru_cache(maxsize=None)
+@cache
 def blockwise_spec(name: str, dtype: torch.dtype, blocksize: int) -> KernelSpec:
     """Kernel of `quantize_blockwise` or `dequantize_blockwise`."""
     return KernelSpec.of("blockwise.cu", name, {"DTYPE": DTYPE_CODES[dtype], "BLOCKSIZE": blocksize})
@@ -54,7 +54,7 @@ def _blocks(launcher: Launcher, spec: KernelSpec, threads: int, tiles: int, wave
     return min(tiles, resident * waves)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resident(launcher: Launcher, spec: KernelSpec, threads: int) -> int:
     return max(launcher.kernel(spec).blocks_per_sm(threads), 1) * launcher.props.sm_count
 
@@ -121,9 +121,7 @@ def dequantize(
     spec = dequantize_spec(out.dtype, nested_absmax is not None)
     args = (source, scales, code.data_ptr(), out.data_ptr(), count, blocksize.bit_length() - 1)
     blocks = _blocks(launcher, spec, DEQUANTIZE_THREADS, -(-count // DEQUANTIZE_TILE))
-    launcher.launch(
-        spec, (blocks, 1, 1), DEQUANTIZE_THREADS, 0, (*args, nested, *nested_tables, int(source % 4 == 0))
-    )
+    launcher.launch(spec, (blocks, 1, 1), DEQUANTIZE_THREADS, 0, (*args, nested, *nested_tables, int(source % 4 == 0)))
     return out
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 
 from fourbit.backends.gpu.spec import read_source
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def program(source: str) -> tuple[str, dict[str, str]]:
     """`(text, headers)` of a file in `backends/gpu/kernels`; headers by the name in `#include "name"`.
 

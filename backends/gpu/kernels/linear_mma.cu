@@ -21,6 +21,10 @@
 #define PARTS (BLOCKSIZE == 32 ? 2 : 1)                   // scales in 64 elements
 #define WORDS (EVEN ? 1 : 2)                              // that hold a row's scale codes
 
+#ifndef UNROLL
+#define UNROLL (RT * NT >= 8 ? 1 : KW / 64)               // how much the compiler may overlap, as registers allow
+#endif
+
 #define TABLE_BYTES 32768
 #define CODE_BYTES (NESTED ? 1024 : 0)
 #define WEIGHT_BYTES (ROWS * ROW_BYTES)
@@ -129,7 +133,7 @@ FB_DEVICE u32 decode(u32 table, u32 word, int i) {
 // One slice of a warp: sums += weight slice times x slice. `x`: address of its first element, for column 0.
 FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], u32 slot, u32 table, const u32 (&x)[NT], u32 lane) {
     u32 g = lane / 4, t = lane % 4;
-#pragma unroll
+#pragma unroll UNROLL
     for (int part = 0; part < KW / 64; ++part) {
         u32 a[RT][4][4];
 #pragma unroll
