@@ -65,7 +65,7 @@ class Launcher(ABC):
         found = self._kernels.get((spec, shared_bytes))
         if found is not None:
             return found
-        if torch.cuda.is_current_stream_capturing():
+        if self._is_capturing():
             raise RuntimeError(
                 f"kernel {spec.label()} is not loaded yet, and none can be loaded while a CUDA graph is captured:"
                 " run the same operation once before the capture, or call fourbit.backends.gpu.warmup.warmup(model)"
@@ -79,6 +79,10 @@ class Launcher(ABC):
     def launch(self, spec: KernelSpec, grid: Grid, threads: int, shared_bytes: int, args: Sequence[int]) -> None:
         """`kernel(spec, shared_bytes).launch(…)`."""
         self.kernel(spec, shared_bytes).launch(grid, threads, shared_bytes, args)
+
+    def _is_capturing(self) -> bool:
+        """Whether a graph is being captured on the current stream."""
+        return torch.cuda.is_current_stream_capturing()
 
     @abstractmethod
     def _load(self, spec: KernelSpec, shared_bytes: int) -> Kernel:

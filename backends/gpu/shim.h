@@ -137,15 +137,40 @@ FB_DEVICE u32 floats_to_bf16x2(float low, float high) { return float_to_bf16(low
 
 // The value of the lane whose number differs in the bits of `mask`; every lane of the wave takes part.
 #if FB_HIP
-FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return (u32)__shfl_xor((int)v, mask); }
+FB_DEVICE u32 lane_id() { return __builtin_amdgcn_mbcnt_hi(FB_WAVE == 64 ? ~0u : 0u, __builtin_amdgcn_mbcnt_lo(~0u, 0)); }
+FB_DEVICE u32 shuffle_xor(u32 v, int mask) {
+    return (u32)__builtin_amdgcn_ds_bpermute((int)(lane_id() ^ (u32)mask) << 2, (int)v);
+}
 #else
 FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
+#if FB_HIP
+FB_DEVICE void block_barrier() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");  // the barrier alone orders no memory
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+#else
 FB_DEVICE void block_barrier() { __syncthreads(); }
+#endif
 
 // How many of the block's threads say yes; a barrier.
+#if FB_HIP
+FB_DEVICE u32 block_count(bool yes) {
+    __shared__ u32 counts[1024 / FB_WAVE];
+    const u32 waves = (blockDim.x + FB_WAVE - 1) / FB_WAVE;
+    const u64 votes = __builtin_amdgcn_uicmp((u32)yes, 0u, 33);  // 33: not equal; one bit for each lane
+    if (threadIdx.x % FB_WAVE == 0) counts[threadIdx.x / FB_WAVE] = (u32)__builtin_popcountll(votes);
+    block_barrier();
+    u32 total = 0;
+    for (u32 i = 0; i < waves; ++i) total += counts[i];
+    block_barrier();  // before a later call writes again
+    return total;
+}
+#else
 FB_DEVICE u32 block_count(bool yes) { return (u32)__syncthreads_count(yes); }
+#endif
 
 // ---- failure --------------------------------------------------------------------------------------------------
 

@@ -88,5 +88,3 @@ def build(instruction: Instruction, target: str) -> Run:
             waves.set_exec(result)
 
     return run
-
-

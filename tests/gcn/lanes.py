@@ -220,4 +220,3 @@ LANE_OPS: dict[str, Callable[[Instruction, str], Run]] = {
     "v_permlane16_swap_b32": _swap_between_rows,
     "v_swap_b32": _swap,
 }
-

@@ -79,8 +79,12 @@ class LocalMemory:
         self.bytes[position[:, None] + np.arange(width)] = chosen
 
     def _note_read(self, units: np.ndarray, number: np.ndarray, epoch: np.ndarray, what: Instruction) -> None:
-        if ((self.writer_epoch[units] == epoch) & (self.writer[units] != number) & (self.writer[units] != NOBODY)).any():
-            raise RaceError(f"{what.text} at {what.address:#x} reads LDS that another wave wrote with no barrier between")
+        if (
+            (self.writer_epoch[units] == epoch) & (self.writer[units] != number) & (self.writer[units] != NOBODY)
+        ).any():
+            raise RaceError(
+                f"{what.text} at {what.address:#x} reads LDS that another wave wrote with no barrier between"
+            )
         number, epoch = np.broadcast_to(number, units.shape), np.broadcast_to(epoch, units.shape)
         seen = (self.reader_epoch[units] == epoch) & (self.reader[units] != NOBODY)
         value = np.where(seen & (self.reader[units] != number), SEVERAL, number)
@@ -227,7 +231,9 @@ def _permute(instruction: Instruction) -> Callable[[Waves], None]:
 def _swizzle(instruction: Instruction) -> Callable[[Waves], None]:
     """ds_swizzle_b32 in the form swizzle(SWAP,n) or (XOR-like bit mask) over groups of 32 lanes."""
     destination, source = register(instruction.operands[0]), vector_reader(instruction.operands[1], "u32")
-    match = re.search(r"offset:swizzle\((SWAP|BITMASK_PERM|BROADCAST|REVERSE),\s*\"?([01pi\d,]+)\"?\)", instruction.text)
+    match = re.search(
+        r"offset:swizzle\((SWAP|BITMASK_PERM|BROADCAST|REVERSE),\s*\"?([01pi\d,]+)\"?\)", instruction.text
+    )
     if match is None:
         raise UnknownInstruction(instruction.text)
     lane = np.arange(64)

@@ -134,8 +134,10 @@ def build_vector(instruction: Instruction, memory: Callable[[], Memory]) -> Call
         width = SIZES[match["type"]]
     else:
         raise UnknownInstruction(instruction.text)
-    signed = "sbyte" in instruction.mnemonic or "sshort" in instruction.mnemonic or bool(
-        re.search(r"_i(8|16)$", instruction.mnemonic)
+    signed = (
+        "sbyte" in instruction.mnemonic
+        or "sshort" in instruction.mnemonic
+        or bool(re.search(r"_i(8|16)$", instruction.mnemonic))
     )
     high, operands = "_hi" in part, list(instruction.operands)
     if match["space"] == "flat":

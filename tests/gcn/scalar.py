@@ -115,13 +115,22 @@ for bits, kind, signed in ((32, "b32", "i32"), (64, "b64", "i64")):
     define(f"s_cselect_{kind}", u, f"{two} scc", lambda a, b, scc: (np.where(scc, a, b), None))
     define(f"s_lshl_{kind}", u, f"{u} u32", lambda a, b, f=full: _non_zero(a << (b.astype(a.dtype) & f)))
     define(f"s_lshr_{kind}", u, f"{u} u32", lambda a, b, f=full: _non_zero(a >> (b.astype(a.dtype) & f)))
-    define(f"s_ashr_{signed}", signed, f"{signed} u32", lambda a, b, f=bits - 1: _non_zero(a >> (b.astype(a.dtype) & f)))
+    define(
+        f"s_ashr_{signed}", signed, f"{signed} u32", lambda a, b, f=bits - 1: _non_zero(a >> (b.astype(a.dtype) & f))
+    )
     define(f"s_bfe_u{bits}", u, f"{u} u32", _extract(bits))
     define(f"s_bfe_{signed}", signed, f"{signed} u32", _extract_signed(bits))
     one = dtype(1)
-    define(f"s_bfm_{kind}", u, "u32 u32", lambda w, o, d=dtype, f=full, i=one: (((i << (w.astype(d) & f)) - i) << (o.astype(d) & f), None))
+    define(
+        f"s_bfm_{kind}",
+        u,
+        "u32 u32",
+        lambda w, o, d=dtype, f=full, i=one: (((i << (w.astype(d) & f)) - i) << (o.astype(d) & f), None),
+    )
     define(f"s_bitset1_{kind}", u, f"u32 d{u}", lambda a, d, t=dtype, f=full, i=one: (d | i << (a.astype(t) & f), None))
-    define(f"s_bitset0_{kind}", u, f"u32 d{u}", lambda a, d, t=dtype, f=full, i=one: (d & ~(i << (a.astype(t) & f)), None))
+    define(
+        f"s_bitset0_{kind}", u, f"u32 d{u}", lambda a, d, t=dtype, f=full, i=one: (d & ~(i << (a.astype(t) & f)), None)
+    )
     define(f"s_bcnt1_i32_{kind}", "u32", u, _count)
     define(f"s_ff1_i32_{kind} s_ctz_i32_{kind}", "u32", u, _trailing_zeros)
     define(f"s_flbit_i32_{kind} s_clz_i32_u{bits}", "u32", u, _leading_zeros)
@@ -142,7 +151,9 @@ define("s_sub_u64 s_sub_nc_u64", "u64", "u64 u64", lambda a, b: (a - b, None))
 define("s_mul_u64", "u64", "u64 u64", lambda a, b: (a * b, None))
 define("s_mul_i32", "u32", "u32 u32", lambda a, b: (a * b, None))
 define("s_mul_hi_u32", "u32", "u32 u32", lambda a, b: ((a.astype(U64) * b.astype(U64) >> U64(32)).astype(U32), None))
-define("s_mul_hi_i32", "i32", "i32 i32", lambda a, b: ((a.astype(I64) * b.astype(I64) >> I64(32)).astype(np.int32), None))
+define(
+    "s_mul_hi_i32", "i32", "i32 i32", lambda a, b: ((a.astype(I64) * b.astype(I64) >> I64(32)).astype(np.int32), None)
+)
 define("s_min_u32", "u32", "u32 u32", _minmax(True))
 define("s_max_u32", "u32", "u32 u32", _minmax(False))
 define("s_min_i32", "i32", "i32 i32", _minmax(True))

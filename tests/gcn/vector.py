@@ -6,6 +6,7 @@ read too. `build` adds what any of them may carry: source modifiers, DPP, SDWA, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from tests.gcn import lanes, sdwa
 from tests.gcn.disassembly import Instruction
 from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import Reader, vector_reader, vector_writer
+from tests.gcn.operands import TYPES, Reader, vector_reader, vector_writer
 from tests.gcn.vector_float import FLOAT_OPS
 from tests.gcn.vector_integer import INTEGER_OPS
 from tests.gcn.waves import Waves
@@ -70,7 +71,7 @@ def build_parts(instruction: Instruction, target: str) -> tuple[Compute, Commit]
             readers.append(vector_reader(text, kind, high=bool(select[position])))
     compute = _apply(function, readers)
     if instruction.modifier("clamp"):
-        compute = _clamped(compute, result)
+        compute = _clamped(compute) if result[0] == "f" else _saturated(name, result, readers)
     write_high = bool(select[len(instruction.operands) - 1])
     commit = vector_writer(instruction.operands[0], result, write_high, clear_high=target.startswith("gfx9"))
     if sdwa.used(instruction):
@@ -94,9 +95,25 @@ def _apply(function: Callable[..., np.ndarray], readers: list[Reader]) -> Comput
     return lambda waves: function(*(read(waves) for read in readers))
 
 
-def _clamped(compute: Compute, result: str) -> Compute:
-    if result[0] != "f":
-        raise UnknownInstruction("clamp of an integer result")
+EXACT = {"add": np.add, "sub": np.subtract, "subrev": lambda a, b: b - a}
+
+
+def _saturated(name: str, result: str, readers: list[Reader]) -> Compute:
+    """Clamp on an integer addition or subtraction: it saturates."""
+    match = re.fullmatch(r"v_(add|sub|subrev)(?:_nc)?_([ui](?:16|32))", name)
+    if match is None or len(readers) != 2:
+        raise UnknownInstruction(f"clamp on {name}")
+    function, kind, raw = EXACT[match[1]], TYPES[match[2]][0], TYPES[result][0]
+    limits = np.iinfo(kind)
+
+    def compute(waves: Waves) -> np.ndarray:
+        a, b = (read(waves).view(kind).astype(np.int64) for read in readers)
+        return np.clip(function(a, b), limits.min, limits.max).astype(kind).view(raw)
+
+    return compute
+
+
+def _clamped(compute: Compute) -> Compute:
     # NaN clamps to 0, as DX10_CLAMP asks
     return lambda waves: np.clip(np.nan_to_num(compute(waves), nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
 
@@ -146,4 +163,3 @@ def build_pair(instruction: Instruction, target: str) -> Callable[[Waves], None]
         commit_y(waves, y)
 
     return run
-

@@ -83,18 +83,10 @@ for kind in ("f32", "f16"):
     define(f"v_max_{kind} v_max_num_{kind}", kind, two, floats.maximum)
     define(f"v_min_{kind} v_min_num_{kind}", kind, two, floats.minimum)
     define(f"v_med3_{kind} v_med3_num_{kind}", kind, three, _median)
-    define(
-        f"v_max3_{kind} v_max3_num_{kind}", kind, three, lambda a, b, c: floats.maximum(floats.maximum(a, b), c)
-    )
-    define(
-        f"v_min3_{kind} v_min3_num_{kind}", kind, three, lambda a, b, c: floats.minimum(floats.minimum(a, b), c)
-    )
-    define(
-        f"v_maxmin_{kind} v_maxmin_num_{kind}", kind, three, lambda a, b, c: floats.minimum(floats.maximum(a, b), c)
-    )
-    define(
-        f"v_minmax_{kind} v_minmax_num_{kind}", kind, three, lambda a, b, c: floats.maximum(floats.minimum(a, b), c)
-    )
+    define(f"v_max3_{kind} v_max3_num_{kind}", kind, three, lambda a, b, c: floats.maximum(floats.maximum(a, b), c))
+    define(f"v_min3_{kind} v_min3_num_{kind}", kind, three, lambda a, b, c: floats.minimum(floats.minimum(a, b), c))
+    define(f"v_maxmin_{kind} v_maxmin_num_{kind}", kind, three, lambda a, b, c: floats.minimum(floats.maximum(a, b), c))
+    define(f"v_minmax_{kind} v_minmax_num_{kind}", kind, three, lambda a, b, c: floats.maximum(floats.minimum(a, b), c))
     define(f"v_trunc_{kind}", kind, kind, np.trunc)
     define(f"v_floor_{kind}", kind, kind, np.floor)
     define(f"v_ceil_{kind}", kind, kind, np.ceil)

@@ -1,0 +1,113 @@
+"""The rocm backend on CPU tensors: the same ops, compiler and driver, launched into the emulator."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fourbit.backends.gpu.device import DeviceProps
+from fourbit.backends.rocm import RocmBackend, libraries
+from fourbit.backends.rocm.driver import RocmLauncher
+from fourbit.backends.rocm.targets import target
+from tests.gcn import standin
+
+
+class _Created(TorchDispatchMode):
+    """Keeps every tensor that operations return, so that a launch may write to it."""
+
+    def __init__(self, emulator: standin.Emulator, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.emulator, self.tensors = emulator, tensors
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        created = [result] if isinstance(result, torch.Tensor) else result
+        if isinstance(created, (list, tuple)):
+            self.tensors += [each for each in created if isinstance(each, torch.Tensor)]
+            self.emulator.reach(self.tensors)
+        return result
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """The tensors in arguments, dataclasses and sequences included."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, (list, tuple)):
+        return [tensor for value in values for tensor in _tensors(value)]
+    if hasattr(values, "__dataclass_fields__"):
+        return [tensor for name in values.__dataclass_fields__ for tensor in _tensors(getattr(values, name))]
+    return []
+
+
+class EmulatedLauncher(RocmLauncher):
+    """A launcher where torch has no GPU to ask."""
+
+    def _is_capturing(self) -> bool:
+        return False
+
+
+class EmulatedBackend(RocmBackend):
+    """RocmBackend for an architecture that is not here. Only where tensors live and what a device is differ."""
+
+    device_types = ("cpu",)
+
+    def __init__(self, emulator: standin.Emulator, arch: str, name: str = "rocm", compute_units: int = 2) -> None:
+        super().__init__()
+        self.name = name
+        self.emulator = emulator
+        self.arch = arch
+        where = target(arch)
+        self.props = DeviceProps(
+            index=0,
+            name=f"emulated {arch}",
+            arch=where.number,
+            sm_count=compute_units,
+            l2_bytes=4 << 20,
+            shared_per_block=65536,
+            shared_per_sm=65536,
+            regs_per_sm=65536 * 2,
+            max_threads_per_sm=2048,
+            warp_size=where.wave,
+        )
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def _arch(self, device: torch.device) -> str:
+        return self.arch
+
+    def _launcher(self, device: torch.device) -> RocmLauncher:
+        if 0 not in self._launchers:
+            self._launchers[0] = EmulatedLauncher(0, self.arch, self.props)
+        return self._launchers[0]
+
+    def _run(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
+        tensors = _tensors(args)
+        self.emulator.failure = None
+        self.emulator.reach(tensors)
+        try:
+            with _Created(self.emulator, tensors):
+                return function(self._launcher(device), *args)
+        except Exception as error:
+            if self.emulator.failure is not None:
+                raise self.emulator.failure from error
+            raise
+        finally:
+            self.emulator.reach([])
+
+
+@functools.lru_cache(maxsize=1)
+def emulator(hiprtc: Path) -> standin.Emulator:
+    """The process's emulator, with hip-python over the stand-in and the real hipRTC at `hiprtc`."""
+    if libraries.loaded("libamdhip64.so"):
+        raise RuntimeError("a HIP runtime is loaded already: the stand-in must be the first")
+    folder = standin.build(Path(tempfile.mkdtemp(prefix="fourbit-rocm-")), hiprtc)
+    os.environ["ROCM_PATH"] = str(folder)
+    return standin.Emulator(folder / "lib" / "libamdhip64.so")
