@@ -123,7 +123,8 @@ class Kernel:
     def _kernarg(
         self, arguments: bytes, grid: tuple[int, int, int], threads: tuple[int, int, int], dynamic_lds: int
     ) -> bytes:
-        segment = bytearray(max(self.info.kernarg_size, 8))
+        # LLVM widens scalar loads within aligned groups of 16 bytes; the runtime's segments are aligned to more
+        segment = bytearray(b"\xa5" * (-(-max(self.info.kernarg_size, 1) // 16) * 16))
         explicit = self.info.explicit_arguments
         end = max((argument.offset + argument.size for argument in explicit), default=0)
         if len(arguments) != end:
