@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
+from fourbit.backends.gpu.backend import GpuBackend
 from fourbit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -21,15 +22,12 @@ Optional = Tensor | None
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
-class CudaBackend(Backend):
+class CudaBackend(GpuBackend):
     """NVIDIA GPUs from compute capability 7.5 on."""
 
     api_version = 1
     name = "cuda"
     device_types = ("cuda",)
-
-    def __init__(self) -> None:
-        self._launchers: dict[int, Launcher] = {}
 
     def unavailable(self) -> str | None:
         from fourbit.backends.cuda.requirements import missing
@@ -45,95 +43,91 @@ class CudaBackend(Backend):
 
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
         from fourbit.backends.cuda import compiler
+        from fourbit.backends.gpu import linear
 
         if query.op in COMPOSITIONS and getattr(CudaBackend, query.op) is getattr(Backend, query.op):
             return f"composed: {COMPOSITIONS[query.op]}"
         props = self._launcher(query.device).props
         where = compiler.target(props.arch)
-        how = f", {where.option} finished by the driver" if where.is_ptx else f", {where.option}"
-        return f"one kernel of its own (NVRTC {compiler.version_text()}{how})"
+        how = f"NVRTC {compiler.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
+        if query.op in ("linear_4bit", "linear_4bit_grad"):
+            plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.double_quant, tuple(shape))
+            return f"{plan} ({how})"
+        if query.op == "grouped_linear_4bit":
+            return f"all experts in one launch for few rows an expert, else expert by expert ({how})"
+        return f"one kernel of its own ({how})"
 
-    # ---- devices --------------------------------------------------------------------------------------------
+    def _new_launcher(self, index: int) -> Launcher:
+        from fourbit.backends.cuda.driver import launcher
+        from fourbit.backends.gpu import linear
 
-    def _launcher(self, device: torch.device) -> Launcher:
-        index = device.index if device.index is not None else _current_device()
-        found = self._launchers.get(index)
-        if found is None:
-            from fourbit.backends.cuda.driver import launcher
+        self._linear = linear.linear
+        return launcher(index)
 
-            found = self._launchers[index] = launcher(index)
-        return found
+    # ---- products -------------------------------------------------------------------------------------------
 
-    def _run(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
-        """`function(launcher, *args)` with `device` current."""
-        launcher = self._launchers.get(device.index) or self._launcher(device)
-        if _current_device() == launcher.props.index:
-            return function(launcher, *args)
-        with torch.cuda.device(launcher.props.index):
-            return function(launcher, *args)
-
-    # ---- ops ------------------------------------------------------------------------------------------------
-
-    def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
-        from fourbit.backends.gpu import elementwise
-
-        result: tuple[Tensor, Tensor] = self._run(elementwise.quantize, w.device, w, code, blocksize, signed_scale)
-        return result
-
-    def dequantize_4bit(
+    def linear_4bit(
         self,
+        x: Tensor,
         packed: Tensor,
         absmax: Tensor,
         code: Tensor,
         blocksize: int,
-        shape: Sequence[int],
-        dtype: torch.dtype,
+        out_features: int,
         nested_absmax: Optional = None,
         nested_code: Optional = None,
         nested_offset: Optional = None,
+        bias: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import elementwise
-
+        # the hot path: as little as possible between the op and the launch
+        index = x.device.index
+        launcher = self._launchers.get(index)
         nested = (nested_absmax, nested_code, nested_offset)
-        weight = (packed, absmax, code, blocksize)
-        result: Tensor = self._run(elementwise.dequantize, packed.device, *weight, shape, dtype, *nested)
+        if launcher is not None and _current_device() == index:
+            return self._linear(launcher, x, packed, absmax, code, blocksize, out_features, *nested, bias)
+        self._launcher(x.device)
+        args = (x, packed, absmax, code, blocksize, out_features, *nested, bias)
+        result: Tensor = self._run(self._linear, x.device, *args)
         return result
 
-    def embedding_4bit(
+    def linear_4bit_grad(
         self,
-        ids: Tensor,
+        grad: Tensor,
         packed: Tensor,
         absmax: Tensor,
         code: Tensor,
         blocksize: int,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype,
+        in_features: int,
         nested_absmax: Optional = None,
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import elementwise
+        from fourbit.backends.gpu import linear
 
         nested = (nested_absmax, nested_code, nested_offset)
-        weight = (packed, absmax, code, blocksize, num_embeddings, embedding_dim)
-        result: Tensor = self._run(elementwise.embedding, ids.device, ids, *weight, dtype, *nested)
+        weight = (packed, absmax, code, blocksize, in_features)
+        result: Tensor = self._run(linear.linear_grad, grad.device, grad, *weight, *nested)
         return result
 
-    def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-        from fourbit.backends.gpu import elementwise
-
-        result: tuple[Tensor, Tensor] = self._run(elementwise.quantize_blockwise, x.device, x, code, blocksize)
-        return result
-
-    def dequantize_blockwise(
-        self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+    def grouped_linear_4bit(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        out_features: int,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import elementwise
+        from fourbit.backends.gpu import linear
 
-        args = (codes, absmax, code, blocksize, dtype)
-        result: Tensor = self._run(elementwise.dequantize_blockwise, codes.device, *args)
-        return result
+        nested = (nested_absmax, nested_code, nested_offset)
+        args: tuple[Any, ...] = (x, offsets, packed, absmax, code, blocksize, out_features, *nested)
+        result: Tensor | None = self._run(linear.grouped, x.device, *args)
+        return super().grouped_linear_4bit(*args) if result is None else result
 
 
 @hookimpl
