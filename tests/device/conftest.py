@@ -1,4 +1,7 @@
-"""Tests on a GPU: skipped where there is none, unless FOURBIT_REQUIRE_DEVICE=1. FOURBIT_TEST_DEVICE names another backend than "cuda"."""
+"""Tests on a GPU: skipped where there is none, unless FOURBIT_REQUIRE_DEVICE=1.
+
+FOURBIT_TEST_DEVICE names another backend than "cuda".
+"""
 
 from __future__ import annotations
 
