@@ -8,11 +8,12 @@ UINT_OF = {np.dtype(np.float16): np.uint16, np.dtype(np.float32): np.uint32}
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a·b + c, rounded once to the operands' type (float32 or float16).
+    """a·b + c, rounded once to the operands' type (float32 or float16)."""
+    return _fma_to_odd(a, b, c).astype(np.result_type(a, b, c))
 
-    The product is exact in float64; the sum is rounded to odd there, so that the second rounding is harmless.
-    """
-    kind = np.result_type(a, b, c)
+
+def _fma_to_odd(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a·b + c in float64, where the product is exact and the sum rounded to odd: a rounding after it is harmless."""
     product = a.astype(np.float64) * b.astype(np.float64)
     addend = c.astype(np.float64)
     total = product + addend
@@ -23,7 +24,7 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     if odd_needed.any():
         towards = np.where(error > 0, np.inf, -np.inf)
         total = np.where(odd_needed, np.nextafter(total, towards), total)
-    return total.astype(kind)
+    return total
 
 
 def to_half_toward_zero(value: np.ndarray) -> np.ndarray:
@@ -55,6 +56,17 @@ def approximate(exact: np.ndarray, kind: type = np.float32) -> np.ndarray:
     return (bits.astype(np.int64) + np.where(inexact, step, 0)).astype(uint).view(kind)
 
 
+def reciprocal(value: np.ndarray) -> np.ndarray:
+    """v_rcp_f32: one unit off at most, and correctly rounded for a significand of all ones.
+
+    The latter is what the division sequence needs of it (all 2^23 significands were tried with results one unit off
+    either way, and only that one then gave a wrong quotient), and division is documented to be exact.
+    """
+    exact = 1.0 / value.astype(np.float64)
+    all_ones = np.ascontiguousarray(value).view(np.uint32) & np.uint32(0x7FFFFF) == np.uint32(0x7FFFFF)
+    return np.where(all_ones, exact.astype(np.float32), approximate(exact))
+
+
 def _exponent(value: np.ndarray) -> np.ndarray:
     """Biased exponent of float32."""
     bits = np.ascontiguousarray(value).view(np.uint32)
@@ -64,7 +76,9 @@ def _exponent(value: np.ndarray) -> np.ndarray:
 def div_scale(value: np.ndarray, denominator: np.ndarray, numerator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """v_div_scale_f32: `value`, which is one of the other two, scaled so that the division stays in range.
 
-    Returns (scaled, flag); the flag asks v_div_fmas to scale back.
+    Returns (scaled, flag); the flag asks v_div_fmas to scale back. Where both the reciprocal and the quotient would
+    be denormal, AMD's text scales the denominator by 2^64, which overflows; it must be 2^-64, as it is here, for the
+    sequence that compilers emit to divide correctly (tests/gcn/test_floats.py divides with it).
     """
     value, denominator, numerator = np.broadcast_arrays(value, denominator, numerator)
     of_denominator = value.view(np.uint32) == denominator.view(np.uint32)
@@ -80,19 +94,20 @@ def div_scale(value: np.ndarray, denominator: np.ndarray, numerator: np.ndarray)
     both = inverse_denormal & quotient_denormal
     cases = (zero, wide, denominator_denormal, both, inverse_denormal, quotient_denormal, _exponent(numerator) <= 23)
     scaled_denominator = np.where(of_denominator, up, value)
+    lowered_denominator = np.where(of_denominator, down, value)
     scaled_numerator = np.where(of_numerator, up, value)
     nan = np.full_like(value, np.nan)
-    result = np.select(cases, (nan, scaled_denominator, up, scaled_denominator, down, scaled_numerator, up), value)
+    result = np.select(cases, (nan, scaled_denominator, up, lowered_denominator, down, scaled_numerator, up), value)
     yes, no = np.ones(value.shape, bool), np.zeros(value.shape, bool)
     return result, np.select(cases[:6], (no, yes, no, yes, no, yes), no)
 
 
 def div_fmas(a: np.ndarray, b: np.ndarray, c: np.ndarray, flag: np.ndarray) -> np.ndarray:
-    """v_div_fmas_f32: a·b + c, scaled back by 2^±64 where the flag says so."""
+    """v_div_fmas_f32: a·b + c, scaled back by 2^±64 where the flag says so, and then rounded."""
     c = np.broadcast_to(c, np.broadcast_shapes(a.shape, b.shape, c.shape))
-    result = fma(a, b, c)
-    scale = np.where(_exponent(c) > 127, np.float32(2.0**64), np.float32(2.0**-64))
-    return np.where(flag, result * scale, result)
+    exact = _fma_to_odd(a, b, c)
+    scale = np.where(_exponent(c) > 127, 2.0**64, 2.0**-64)
+    return np.where(flag, exact * scale, exact).astype(np.float32)
 
 
 def div_fixup(quotient: np.ndarray, denominator: np.ndarray, numerator: np.ndarray) -> np.ndarray:
@@ -101,7 +116,7 @@ def div_fixup(quotient: np.ndarray, denominator: np.ndarray, numerator: np.ndarr
     sign = np.signbit(denominator) ^ np.signbit(numerator)
     infinity, zero = np.float32(np.inf), np.float32(0)
     gap = _exponent(numerator) - _exponent(denominator)
-    result = np.abs(quotient)
+    result = np.where(np.isnan(quotient), infinity, np.abs(quotient))  # the steps before overflowed
     result = np.where(gap < -150, zero, result)
     result = np.where(np.isinf(denominator) | (numerator == 0), zero, result)
     result = np.where((denominator == 0) | np.isinf(numerator), infinity, result)

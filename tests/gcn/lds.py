@@ -1,7 +1,8 @@
 """LDS: the workgroup's own memory, with an owner for every part of it, and the instructions on it.
 
 Between two barriers, a part that one wave writes belongs to it: another wave that touches it has a race, and so has a
-wave that writes what another has read. Bytes that nobody wrote must not be read.
+wave that writes what another has read. Several waves may write one and the same value. Bytes that nobody wrote must
+not be read.
 """
 
 from __future__ import annotations
@@ -72,11 +73,31 @@ class LocalMemory:
         width = data.shape[-1]
         position, number, group = self.locate(waves, address, width, what)
         units = self.units(position, width)
-        if self.tracks:
-            self._note_write(units, number[:, None], self.epoch[group][:, None], what)
-        self.written[units] = True
+        place = position[:, None] + np.arange(width)
         chosen = data.reshape(-1, width) if waves.full else data[waves.mask]
-        self.bytes[position[:, None] + np.arange(width)] = chosen
+        if not self.tracks:
+            self.bytes[place] = chosen
+            self.written[units] = True
+            return
+        number, epoch = number[:, None], self.epoch[group][:, None]
+        wrote = (self.writer_epoch[units] == epoch) & (self.writer[units] != number) & (self.writer[units] != NOBODY)
+        read = (self.reader_epoch[units] == epoch) & (self.reader[units] != number) & (self.reader[units] != NOBODY)
+        clash = read | wrote & ~self._agree(place, chosen, units)
+        self.bytes[place] = chosen
+        self.written[units] = True
+        self.writer[units], self.writer_epoch[units] = np.where(wrote, SEVERAL, number), epoch
+        others = self.writer[units] != np.where(wrote, SEVERAL, number)  # in this very instruction
+        clash |= others & ~self._agree(place, chosen, units)
+        if clash.any():
+            raise RaceError(
+                f"{what.text} at {what.address:#x} writes LDS that another wave touches with no barrier between"
+            )
+        if others.any():
+            self.writer[units[others]] = SEVERAL
+
+    def _agree(self, place: np.ndarray, data: np.ndarray, units: np.ndarray) -> np.ndarray:
+        """Which units hold the very bytes of `data`: waves that write the same value do no harm."""
+        return (self.bytes[place] == data).reshape(*units.shape, -1).all(axis=2)
 
     def _note_read(self, units: np.ndarray, number: np.ndarray, epoch: np.ndarray, what: Instruction) -> None:
         if (
@@ -92,16 +113,6 @@ class LocalMemory:
         mixed = self.reader[units] != value  # several waves in this very instruction
         if mixed.any():
             self.reader[units[mixed]] = SEVERAL
-
-    def _note_write(self, units: np.ndarray, number: np.ndarray, epoch: np.ndarray, what: Instruction) -> None:
-        wrote = (self.writer_epoch[units] == epoch) & (self.writer[units] != number) & (self.writer[units] != NOBODY)
-        read = (self.reader_epoch[units] == epoch) & (self.reader[units] != number) & (self.reader[units] != NOBODY)
-        number, epoch = np.broadcast_to(number, units.shape), np.broadcast_to(epoch, units.shape)
-        self.writer[units], self.writer_epoch[units] = number, epoch
-        if wrote.any() or read.any() or (self.writer[units] != number).any():
-            raise RaceError(
-                f"{what.text} at {what.address:#x} writes LDS that another wave touches with no barrier between"
-            )
 
     def barrier(self, workgroups: np.ndarray) -> None:
         """These workgroups passed a barrier."""

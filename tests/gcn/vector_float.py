@@ -93,7 +93,7 @@ for kind in ("f32", "f16"):
     define(f"v_rndne_{kind}", kind, kind, np.rint)
     define(f"v_fract_{kind}", kind, kind, _fraction)
 define("v_mul_legacy_f32", "f32", "f32 f32", lambda a, b: np.where((a == 0) | (b == 0), F32(0), a * b))
-define("v_rcp_f32 v_rcp_iflag_f32", "f32", "f32", lambda a: floats.approximate(1.0 / a.astype(F64)))
+define("v_rcp_f32 v_rcp_iflag_f32", "f32", "f32", floats.reciprocal)
 define("v_rsq_f32", "f32", "f32", lambda a: floats.approximate(1.0 / np.sqrt(a.astype(F64))))
 define("v_sqrt_f32", "f32", "f32", lambda a: floats.approximate(np.sqrt(a.astype(F64))))
 define("v_exp_f32", "f32", "f32", lambda a: floats.approximate(np.exp2(a.astype(F64))))

@@ -10,7 +10,7 @@
 
 #define THREADS 256
 #define WAVES (THREADS / FB_WAVE)
-#define COPIES 32  // of the table: one for each bank of the LDS
+#define COPIES 16  // of the table, over the banks of the LDS: 16 KB, so that a compute unit holds three workgroups
 
 #if FB_HIP
 typedef float f32x4 __attribute__((ext_vector_type(4)));
