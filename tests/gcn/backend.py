@@ -8,15 +8,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.rocm import RocmBackend, libraries
-from fourbit.backends.rocm.driver import RocmLauncher
+from fourbit.backends.gpu.spec import KernelSpec
+from fourbit.backends.rocm import RocmBackend, compiler, libraries
+from fourbit.backends.rocm.driver import RocmKernel, RocmLauncher
 from fourbit.backends.rocm.targets import target
-from tests.gcn import standin
+from tests.gcn import standin, tiers
+
+NEWER_HIP = (6, 4)
+"""HIP version that the newer architectures are compiled with, instead of the stand-in's 5.2."""
 
 
 class _Created(TorchDispatchMode):
@@ -47,7 +52,21 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 class EmulatedLauncher(RocmLauncher):
-    """A launcher where torch has no GPU to ask."""
+    """A launcher where torch has no GPU to ask, and where a tier may stand in for hipRTC in this process."""
+
+    def __init__(self, arch: str, props: DeviceProps) -> None:
+        super().__init__(0, arch, props)
+        self.tier = tiers.tier_for(arch)
+
+    def _load(self, spec: KernelSpec, shared_bytes: int) -> RocmKernel:
+        if self.tier is tiers.HIPRTC5:
+            return super()._load(spec, shared_bytes)
+        with (
+            mock.patch.object(compiler, "compile_source", self.tier.compile),
+            mock.patch.object(libraries, "hip_version", lambda: NEWER_HIP),
+            mock.patch.object(libraries, "hip_build", lambda: self.tier.name),
+        ):
+            return super()._load(spec, shared_bytes)
 
     def _is_capturing(self) -> bool:
         return False
@@ -85,10 +104,14 @@ class EmulatedBackend(RocmBackend):
 
     def _launcher(self, device: torch.device) -> RocmLauncher:
         if 0 not in self._launchers:
-            self._launchers[0] = EmulatedLauncher(0, self.arch, self.props)
+            self._launchers[0] = EmulatedLauncher(self.arch, self.props)
         return self._launchers[0]
 
     def _run(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
+        with self.emulator.lock:  # one launch at a time
+            return self._run_alone(function, device, *args)
+
+    def _run_alone(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
         tensors = _tensors(args)
         self.emulator.failure = None
         self.emulator.reach(tensors)

@@ -15,7 +15,7 @@ LINE = re.compile(r"^\t(?P<text>.*?)\s*//\s*(?P<address>[0-9A-F]+):(?P<words>(?:
 LABEL = re.compile(r"^[0-9a-f]+ <(?P<name>[^>]+)>:$")
 MODIFIER = re.compile(r"^(?P<name>[a-z_0-9]+)(?::(?P<value>\S+))?$")
 NEWEST_KNOWN = 22
-OLDEST_ENOUGH = 16
+OLDEST_ENOUGH = 19  # knows every architecture of the tests
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import threading
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,7 @@ class Emulator:
     """The stand-in's other half: the made-up device.
 
     Attributes:
+        lock: held by whoever sets what launches may touch and launches.
         memory: what launches may touch, set by `reach`.
         failure: what the last failed launch raised, with its traceback; a driver would only give an error number.
         seed: of registers and LDS at the start of a launch.
@@ -60,6 +62,7 @@ class Emulator:
     """
 
     def __init__(self, library: Path, hip_version: int = 50221153) -> None:
+        self.lock = threading.RLock()
         self.memory = Memory()
         self.failure: BaseException | None = None
         self.seed = 1
