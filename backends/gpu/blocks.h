@@ -11,9 +11,9 @@
 struct Elements {
     u32 word[WORDS];
 
-    // Elements first … first + 7, zeros from `count` on.
+    // Elements first … first + 7, zeros from `count` on. `aligned`: a vector load of all of them will do.
     __device__ __forceinline__ void load(const void* source, i64 first, i64 count, bool aligned) {
-        if (aligned && first + 8 <= count) {
+        if (aligned) {
             const u32x4* vector = (const u32x4*)((const char*)source + first * (WORDS / 2));
 #pragma unroll
             for (int i = 0; i < WORDS / 4; ++i) {
@@ -34,6 +34,21 @@ struct Elements {
         }
     }
 
+    // The largest magnitude as a float's bits: as integers they compare alike, NaN above infinity.
+    __device__ __forceinline__ u32 largest() const {
+        u32 most = 0;
+#if DTYPE == FB_F32
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) most = max_u32(most, word[i] & 0x7fffffffu);
+        return most;
+#else
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) most = max_u16x2(most, word[i] & 0x7fff7fffu);
+        most = max_u32(most >> 16, most & 0xffffu);
+        return DTYPE == FB_BF16 ? most << 16 : bits_of(f16_to_float(most));
+#endif
+    }
+
     __device__ __forceinline__ float value(int i) const {
 #if DTYPE == FB_F32
         return float_of(word[i]);
@@ -49,8 +64,7 @@ struct Elements {
 FB_DEVICE u32 group_max(u32 v, u32* scratch) {
 #pragma unroll
     for (int mask = (LANES < FB_WAVE ? LANES : FB_WAVE) / 2; mask > 0; mask /= 2) {
-        u32 other = shuffle_xor(v, mask);
-        v = v > other ? v : other;
+        v = max_u32(v, shuffle_xor(v, mask));
     }
 #if LANES > FB_WAVE
     u32 wave = threadIdx.x / FB_WAVE, first = threadIdx.x / LANES * (LANES / FB_WAVE);
@@ -59,23 +73,31 @@ FB_DEVICE u32 group_max(u32 v, u32* scratch) {
     block_barrier();
 #pragma unroll
     for (int i = 0; i < LANES / FB_WAVE; ++i) {
-        u32 other = scratch[first + i];
-        v = v > other ? v : other;
+        v = max_u32(v, scratch[first + i]);
     }
 #endif
     return v;
 }
 
-// Replaces the elements by their quotients with the block's scale, and returns the scale.
-FB_DEVICE float normalize(const Elements& elements, float (&x)[8], u32* scratch) {
-    u32 largest = 0;  // magnitudes compare as integers, NaN above infinity
+// x / scale rounded once, where the scale is subnormal and 1 / scale would overflow. Both are scaled up, which is
+// exact; two corrections by the exact remainder make an approximate quotient the nearest one (Markstein).
+FB_DEVICE void divide_tiny(float (&x)[8], float scale) {
+    const float up = float_of(0x71800000u);  // 2^100
+    scale = mul_rn(scale, up);
+    float inverse = reciprocal_rn(scale);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        x[i] = elements.value(i);
-        u32 magnitude = bits_of(x[i]) & 0x7fffffffu;
-        largest = largest > magnitude ? largest : magnitude;
+        float part = mul_rn(x[i], up), quotient = mul_rn(part, inverse);
+        quotient = fma_rn(fma_rn(-scale, quotient, part), inverse, quotient);
+        x[i] = fma_rn(fma_rn(-scale, quotient, part), inverse, quotient);
     }
-    largest = group_max(largest, scratch);
+}
+
+// Replaces the elements by their quotients with the block's scale, and returns the scale.
+FB_DEVICE float normalize(const Elements& elements, float (&x)[8], u32* scratch) {
+    u32 largest = group_max(elements.largest(), scratch);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = elements.value(i);
     float scale = float_of(largest);
 #if SIGNED
     u32 reached = 0;
@@ -85,11 +107,14 @@ FB_DEVICE float normalize(const Elements& elements, float (&x)[8], u32* scratch)
 #endif
     float factor;
     if (largest - 0x00800000u < 0x7f000000u) {  // neither zero, subnormal, Inf nor NaN
-        factor = div_rn(1.0f, scale);
+        factor = reciprocal_rn(scale);
     } else {
-        bool subnormal = largest != 0 && largest < 0x00800000u;  // 1/scale would overflow
+        if (largest != 0 && largest < 0x00800000u) {
+            divide_tiny(x, scale);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = subnormal ? div_rn(x[i], scale) : 0.0f;
+            for (int i = 0; i < 8; ++i) x[i] = 0.0f;
+        }
         factor = 1.0f;
         if (largest >= 0x7f800000u) scale = float_of(0x7fc00000u);
     }

@@ -51,3 +51,38 @@ struct Codebook {
 
     __device__ __forceinline__ u32 code(u32 offset) const { return *(const u32*)((const char*)codes + offset); }
 };
+
+// A shortcut through a 16-value codebook: [-1, 1] in 127 buckets, for each the number of edges in buckets below it.
+// Where no bucket has two edges, one look-up and one comparison do for a search. 128 bytes lie in 32 banks, so the
+// look-ups of a warp never conflict.
+struct Buckets {
+    u8 below[128];  // times four, as Codebook::search
+    u32 crowded;    // whether a bucket has two edges: no shortcut then
+
+    // The bucket of x, in the low bits of a float between 2^23 and 2^24. It rises with x, so edges in lower buckets
+    // are below x, and those in higher ones above.
+    static __device__ __forceinline__ u32 place(float x) { return bits_of(fma_rn(x, 63.0f, 8388671.0f)); }
+
+    // Called by all threads of the block, at least 128; ends with a barrier.
+    __device__ __forceinline__ void build(const Codebook<16>& codebook, u32 thread) {
+        u32 lower = 0, inside = 0;
+        for (int i = 0; i < 15; ++i) {
+            float edge = codebook.edges[i];
+            edge = edge < -2.0f ? -2.0f : edge > 2.0f ? 2.0f : edge;  // infinities, and tables beyond [-1, 1]
+            u32 bucket = place(edge) - 0x4b000000u;
+            lower += (int)bucket < (int)thread;
+            inside += bucket == thread;
+        }
+        if (thread < 128) below[thread] = (u8)(4 * lower);
+        crowded = 0;
+        block_barrier();
+        if (thread < 128 && inside > 1) crowded = 1;
+        block_barrier();
+    }
+
+    // As Codebook::search, for |x| at most 1 (and a rounding error).
+    __device__ __forceinline__ u32 search(const Codebook<16>& codebook, float x) const {
+        u32 offset = below[place(x) - 0x4b000000u];
+        return x > *(const float*)((const char*)codebook.edges + offset) ? offset + 4 : offset;
+    }
+};

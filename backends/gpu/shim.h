@@ -73,10 +73,29 @@ FB_DEVICE float add_rn(float a, float b) {
     return a + b;
 }
 FB_DEVICE float div_rn(float a, float b) { return a / b; }
+FB_DEVICE float reciprocal_rn(float a) { return 1.0f / a; }
+FB_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
 FB_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 FB_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 FB_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+FB_DEVICE float reciprocal_rn(float a) { return __frcp_rn(a); }
+FB_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+#endif
+
+FB_DEVICE u32 max_u32(u32 a, u32 b) { return a > b ? a : b; }
+
+// The larger of each half.
+#if !FB_HIP && FB_ARCH >= 900
+FB_DEVICE u32 max_u16x2(u32 a, u32 b) {
+    u32 v;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+#else
+FB_DEVICE u32 max_u16x2(u32 a, u32 b) {
+    return max_u32(a & 0xffff0000u, b & 0xffff0000u) | max_u32(a & 0xffffu, b & 0xffffu);
+}
 #endif
 
 // ---- 16-bit floats as u16 -------------------------------------------------------------------------------------

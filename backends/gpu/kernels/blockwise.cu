@@ -15,7 +15,7 @@ quantize_blockwise(const void* x, const float* code, u8* codes, float* absmax, i
     for (i64 base = (i64)blockIdx.x * tile; base < count; base += step) {
         i64 first = base + 8 * threadIdx.x;
         Elements elements;
-        elements.load(x, first, count, aligned);
+        elements.load(x, first, count, aligned && base + tile <= count);
         float quotient[8];
         float scale = normalize(elements, quotient, scratch);
         u32 word[2] = {0, 0};
