@@ -109,7 +109,11 @@ FB_DEVICE u32 bf16_rounded_in_software(float v) {
 
 #if FB_HIP
 FB_DEVICE float f16_to_float(u32 low_half) { return (float)__builtin_bit_cast(_Float16, (u16)low_half); }
-FB_DEVICE u32 float_to_f16(float v) { return __builtin_bit_cast(u16, (_Float16)v); }
+FB_DEVICE u32 float_to_f16(float v) {
+    // Keeps a product before it out of v_fma_mixlo_f16, which adds +0 and so turns -0 into +0.
+    asm("" : "+v"(v));
+    return __builtin_bit_cast(u16, (_Float16)v);
+}
 FB_DEVICE u32 float_to_bf16(float v) { return bf16_rounded_in_software(v); }
 FB_DEVICE u32 floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
 FB_DEVICE u32 floats_to_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }

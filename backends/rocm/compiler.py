@@ -11,7 +11,7 @@ from fourbit.backends.rocm import codeobject, libraries
 from fourbit.backends.rocm.targets import Target, check_compiler
 
 OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=on")
-"""Beside the arch and the spec's own. Contraction within an expression only: mul_rn and add_rn of shim.h must not be."""
+"""Beside the arch and the spec's own. Contraction in one expression only, never of mul_rn and add_rn of shim.h."""
 
 
 class CompileError(RuntimeError):

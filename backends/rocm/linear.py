@@ -1,10 +1,10 @@
-"""Which kernel a 4-bit product takes on an AMD GPU: matrix cores, vector units, or decoded pieces and torch's matmul."""
+"""Launches of the 4-bit products: on matrix cores, on vector units, or decoded pieces and torch's matmul."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,15 +53,15 @@ class Weight:
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in each)
 
 
-@lru_cache(maxsize=None)
+@cache
 def vector_spec(dtype: torch.dtype, nested: bool, m: int) -> KernelSpec:
     """linear_vector.cu for m rows of x."""
-    rows = VECTOR_ROWS if m <= 8 else VECTOR_ROWS // 2
+    rows = VECTOR_ROWS if m <= 4 else VECTOR_ROWS // 2
     defines = {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested), "M": m, "ROWS": rows, "COPIES": 16}
     return KernelSpec.of("linear_vector.cu", "linear_vector", defines)
 
 
-@lru_cache(maxsize=None)
+@cache
 def mfma_spec(dtype: torch.dtype, nested: bool) -> KernelSpec:
     """linear_mfma.cu."""
     return KernelSpec.of("linear_mfma.cu", "linear_mfma", {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested)})

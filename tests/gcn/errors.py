@@ -25,3 +25,7 @@ class UninitializedRead(EmulatorError):
 
 class BarrierError(EmulatorError):
     """A barrier that waves of a workgroup wait at while others have ended or wait at another."""
+
+
+class KernelTrap(EmulatorError):
+    """The kernel stopped itself: an assertion of its own failed."""

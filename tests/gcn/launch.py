@@ -104,6 +104,7 @@ class Kernel:
                     waves.s[register] = pointers[name] & 0xFFFFFFFF
                     waves.s[register + 1] = pointers[name] >> 32
                 register += width  # the others stay garbage: nothing here may need them
+        register = rsrc2 >> 1 & 31  # the count of user registers, which may be more than are wanted (gfx11)
         if self.target.startswith("gfx12"):
             waves.s[TTMP + 9] = ids[0]
             waves.s[TTMP + 7] = ids[1] | ids[2] << 16

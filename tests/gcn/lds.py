@@ -72,6 +72,8 @@ class LocalMemory:
         """Write `data` (uint8 [wave, lane, width]) in the lanes that execute."""
         width = data.shape[-1]
         position, number, group = self.locate(waves, address, width, what)
+        if not len(position):
+            return
         units = self.units(position, width)
         place = position[:, None] + np.arange(width)
         chosen = data.reshape(-1, width) if waves.full else data[waves.mask]
@@ -121,7 +123,7 @@ class LocalMemory:
 
 WIDTHS = {"b8": 1, "u8": 1, "i8": 1, "b16": 2, "u16": 2, "i16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
 NAME = re.compile(
-    r"^ds_(?P<kind>read|load|write|store)(?P<two>2addr|2|2st64|2addr_stride64)?(?:_stride64)?_(?P<type>[biu]\d+)"
+    r"^ds_(?P<kind>read|load|write|store)(?P<two>2st64|2|_2addr_stride64|_2addr)?_(?P<type>[biu]\d+)"
     r"(?P<d16>_d16)?(?P<hi>_d16_hi|_hi)?$"
 )
 
@@ -144,7 +146,7 @@ def build(instruction: Instruction, local: Callable[[], LocalMemory]) -> Callabl
         raise UnknownInstruction(instruction.text)
     check_modifiers(instruction, {"offset", "offset0", "offset1"})
     if match["two"]:
-        scale = WIDTHS[match["type"]] * (64 if "64" in match["two"] or "stride64" in name else 1)
+        scale = WIDTHS[match["type"]] * (64 if "64" in match["two"] else 1)
         offsets = [int(instruction.modifier(f"offset{i}", "0"), 0) * scale for i in (0, 1)]
     else:
         offsets = [int(instruction.modifier("offset", "0"), 0)]

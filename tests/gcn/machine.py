@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.gcn import compare, control, lanes, lds, matrix, memory, scalar, vector, vector_carry, vector_packed
 from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import BarrierError, EmulatorError, UnknownInstruction
+from tests.gcn.errors import BarrierError, KernelTrap, UnknownInstruction
 from tests.gcn.waves import Waves
 
 Run = Callable[[Waves], None]
@@ -136,7 +136,7 @@ class Program:
         elif last.mnemonic in control.BARRIERS:
             waiting |= together
         elif last.mnemonic in control.TRAPS:
-            raise EmulatorError(f"the kernel trapped: {last.text} at {last.address:#x}")
+            raise KernelTrap(f"the kernel trapped: {last.text} at {last.address:#x}")
         else:
             taken = together & control.CONDITIONS[last.mnemonic](waves)
             place[taken] = control.branch_target(last)
@@ -152,6 +152,3 @@ class Program:
                 raise BarrierError("a wave of a workgroup ended before a barrier that others wait at")
             waiting[members] = False
             local.barrier(np.array([group]))
-
-
-__all__ = ["Block", "Program", "UnknownInstruction"]

@@ -93,7 +93,7 @@ def vector_reader(text: str, kind: str, high: bool = False) -> Reader:
         raise UnknownInstruction("sext() outside a sub-dword operand")
     if not (negate or absolute):
         return read
-    if kind[0] != "f":
+    if kind[0] == "i":
         raise UnknownInstruction(f"source modifier on an operand of type {kind}")
     uint, bits = UINTS[TYPES[kind][1]], TYPES[kind][1]
     sign, kind_type = uint(1 << (bits - 1)), TYPES[kind][0]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.gcn import floats
+from tests.gcn.compare import RELATIONS
 from tests.gcn.disassembly import Instruction
 from tests.gcn.errors import UnknownInstruction
 from tests.gcn.operands import scalar_reader, scalar_writer
@@ -97,6 +99,12 @@ def _count(value: np.ndarray) -> Values:
     return _non_zero(np.bitwise_count(value).astype(U32))
 
 
+def _reverse_bits(value: np.ndarray) -> Values:
+    """The bits of 32- or 64-bit values from last to first."""
+    bits = value.dtype.itemsize * 8
+    return np.array([int(f"{int(v):0{bits}b}"[::-1], 2) for v in value.ravel()], value.dtype), None
+
+
 for bits, kind, signed in ((32, "b32", "i32"), (64, "b64", "i64")):
     u = f"u{bits}"
     two, dtype = f"{u} {u}", U32 if bits == 32 else U64
@@ -132,6 +140,7 @@ for bits, kind, signed in ((32, "b32", "i32"), (64, "b64", "i64")):
         f"s_bitset0_{kind}", u, f"u32 d{u}", lambda a, d, t=dtype, f=full, i=one: (d & ~(i << (a.astype(t) & f)), None)
     )
     define(f"s_bcnt1_i32_{kind}", "u32", u, _count)
+    define(f"s_brev_{kind}", u, u, _reverse_bits)
     define(f"s_ff1_i32_{kind} s_ctz_i32_{kind}", "u32", u, _trailing_zeros)
     define(f"s_flbit_i32_{kind} s_clz_i32_u{bits}", "u32", u, _leading_zeros)
 define("s_movk_i32", "i32", "k", lambda a: (a, None))
@@ -164,6 +173,17 @@ define("s_sext_i32_i16", "i32", "u32", lambda a: (a.astype(np.int16).astype(np.i
 define("s_pack_ll_b32_b16", "u32", "u32 u32", lambda a, b: (a & U32(0xFFFF) | b << U32(16), None))
 define("s_pack_lh_b32_b16", "u32", "u32 u32", lambda a, b: (a & U32(0xFFFF) | b & U32(0xFFFF0000), None))
 define("s_pack_hh_b32_b16", "u32", "u32 u32", lambda a, b: (a >> U32(16) | b & U32(0xFFFF0000), None))
+# scalar floats: gfx11.5 and newer
+define("s_add_f32", "f32", "f32 f32", lambda a, b: (a + b, None))
+define("s_sub_f32", "f32", "f32 f32", lambda a, b: (a - b, None))
+define("s_mul_f32", "f32", "f32 f32", lambda a, b: (a * b, None))
+define("s_fmac_f32", "f32", "f32 f32 df32", lambda a, b, d: (floats.fma(a, b, d), None))
+define("s_fmaak_f32 s_fmamk_f32", "f32", "f32 f32 f32", lambda a, b, c: (floats.fma(a, b, c), None))
+define("s_max_num_f32", "f32", "f32 f32", lambda a, b: (floats.maximum(a, b), None))
+define("s_min_num_f32", "f32", "f32 f32", lambda a, b: (floats.minimum(a, b), None))
+define("s_cvt_f32_i32", "f32", "i32", lambda a: (a.astype(np.float32), None))
+define("s_cvt_f32_u32", "f32", "u32", lambda a: (a.astype(np.float32), None))
+define("s_cvt_f32_f16", "f32", "f16", lambda a: (a.astype(np.float32), None))
 for amount in (1, 2, 3, 4):
 
     def _shift_add(a: np.ndarray, b: np.ndarray, amount: int = amount) -> Values:
@@ -183,6 +203,9 @@ for relation, function in {
         COMPARISONS[f"s_cmp_{relation}_{kind}"] = (kind, function)
     COMPARISONS[f"s_cmpk_{relation}_u32"] = ("u32", function)
     COMPARISONS[f"s_cmpk_{relation}_i32"] = ("i32", function)
+for relation, function in RELATIONS.items():
+    for kind in ("f32", "f16"):
+        COMPARISONS[f"s_cmp_{relation}_{kind}"] = (kind, function)
 COMPARISONS["s_bitcmp1_b32"] = ("u32", lambda a, b: (a >> (b & U32(31))) & U32(1) != 0)
 COMPARISONS["s_bitcmp0_b32"] = ("u32", lambda a, b: (a >> (b & U32(31))) & U32(1) == 0)
 

@@ -135,8 +135,28 @@ def _mix(instruction: Instruction, target: str) -> Run:
     return run
 
 
+def _bit_operation(instruction: Instruction, target: str) -> Run:
+    """v_bitop3: any function of three bits, given as the eight results of its truth table."""
+    check_modifiers(instruction, {"bitop3"})
+    kind = "u32" if canonical(instruction.mnemonic).endswith("b32") else "u16"
+    table = int(instruction.modifier("bitop3", "0"), 0)
+    sources = [vector_reader(text, kind) for text in instruction.operands[1:4]]
+    write = vector_writer(instruction.operands[0], kind, clear_high=True)
+
+    def run(waves: Waves) -> None:
+        a, b, c = (read(waves) for read in sources)
+        result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), a.dtype)
+        for index in range(8):
+            if table >> index & 1:
+                result |= (a if index & 4 else ~a) & (b if index & 2 else ~b) & (c if index & 1 else ~c)
+        write(waves, result)
+
+    return run
+
+
 PACKED_OPS: dict[str, Callable[[Instruction, str], Run]] = {
     **dict.fromkeys(HALVES, _packed_halves),
     **dict.fromkeys(SINGLES, _packed_singles),
     **dict.fromkeys(("v_fma_mix_f32", "v_fma_mixlo_f16", "v_fma_mixhi_f16"), _mix),
+    **dict.fromkeys(("v_bitop3_b32", "v_bitop3_b16"), _bit_operation),
 }
