@@ -72,6 +72,7 @@ except RuntimeError as error:
     print("refused")
 out = fourbit.dequantize_4bit(packed, state)  # the process is none the worse
 assert torch.equal(out.cpu(), weight.dense())
+graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
     out = fourbit.dequantize_4bit(packed, state)
 graph.replay()
