@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -71,7 +72,9 @@ def _worker() -> subprocess.Popen[str] | None:
     if not library.exists():
         return None
     command = [str(linker), "--library-path", str(libraries), str(Path(sys.executable).resolve()), "-I", str(WORKER)]
-    return subprocess.Popen([*command, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen([*command, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(worker.communicate)  # closes its input, and it ends
+    return worker
 
 
 def _with_hiprtc6(spec: KernelSpec, text: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
