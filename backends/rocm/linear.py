@@ -55,9 +55,10 @@ class Weight:
 
 @cache
 def vector_spec(dtype: torch.dtype, nested: bool, m: int) -> KernelSpec:
-    """linear_vector.cu for m rows of x."""
-    rows = VECTOR_ROWS if m <= 4 else VECTOR_ROWS // 2
-    defines = {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested), "M": m, "ROWS": rows, "COPIES": 16}
+    """linear_vector.cu for m rows of x: one for each power of two, so that few are compiled."""
+    most = 1 << (m - 1).bit_length()
+    rows = VECTOR_ROWS if most <= 4 else VECTOR_ROWS // 2
+    defines = {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested), "M": most, "ROWS": rows, "COPIES": 16}
     return KernelSpec.of("linear_vector.cu", "linear_vector", defines)
 
 
@@ -71,10 +72,11 @@ def path(arch: int, dtype: torch.dtype, m: int, k: int, blocksize: int) -> str:
     """ "mfma", "vector" or "pieces" for m rows of x with k features; addresses have their say in `linear`."""
     if not 0 < m <= FUSED_ROWS or k % 8:
         return "pieces"
-    has_mfma = any(each.number == arch and each.has_mfma for each in TARGETS.values())
-    if has_mfma and dtype != torch.float32 and k % 64 == 0 and blocksize >= 64:
-        return "mfma"
-    return "vector"
+    where = next((each for each in TARGETS.values() if each.number == arch), None)
+    if where is None or dtype == torch.float32 or k % 64 or blocksize < 64:
+        return "vector"
+    exact = where.mfma_is_exact_in_half if dtype == torch.float16 else where.has_mfma
+    return "mfma" if exact else "vector"
 
 
 def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Optional) -> Tensor:
@@ -101,7 +103,7 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
         spec = vector_spec(x.dtype, is_nested, m)
         rows = dict(spec.defines)["ROWS"]
         tiles = -(-out_features // (int(rows) * (THREADS // launcher.props.warp_size)))
-        sizes = (out_features, k, shift)
+        sizes = (m, out_features, k, shift)
     launcher.launch(spec, (min(tiles, most), 1, 1), THREADS, 0, (*args, *sizes))
     return out
 

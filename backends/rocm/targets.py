@@ -22,6 +22,11 @@ class Target:
     oldest_hip: tuple[int, int]
 
     @property
+    def mfma_is_exact_in_half(self) -> bool:
+        """Whether the matrix cores keep denormal float16 numbers. CDNA 2 takes them for zero."""
+        return self.has_mfma and self.arch != "gfx90a"
+
+    @property
     def number(self) -> int:
         """The digits of `arch` read as hexadecimal (0x90a), the FB_ARCH of the kernels."""
         return int(self.arch.removeprefix("gfx"), 16)

@@ -28,16 +28,15 @@ NEWER_HIP = (6, 4)
 class _Created(TorchDispatchMode):
     """Keeps every tensor that operations return, so that a launch may write to it."""
 
-    def __init__(self, emulator: standin.Emulator, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
         super().__init__()
-        self.emulator, self.tensors = emulator, tensors
+        self.tensors = tensors
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         created = [result] if isinstance(result, torch.Tensor) else result
         if isinstance(created, (list, tuple)):
             self.tensors += [each for each in created if isinstance(each, torch.Tensor)]
-            self.emulator.reach(self.tensors)
         return result
 
 
@@ -121,16 +120,16 @@ class EmulatedBackend(RocmBackend):
     def _run_alone(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
         tensors = _tensors(args)
         self.emulator.failure = None
-        self.emulator.reach(tensors)
+        self.emulator.visible = tensors
         try:
-            with _Created(self.emulator, tensors):
+            with _Created(tensors):
                 return function(self._launcher(device), *args)
         except Exception as error:
             if self.emulator.failure is not None:
                 raise self.emulator.failure from error
             raise
         finally:
-            self.emulator.reach([])
+            self.emulator.visible = []
 
 
 @functools.lru_cache(maxsize=1)

@@ -156,7 +156,7 @@ def _dispatch_packet(grid: tuple[int, int, int], threads: tuple[int, int, int], 
     return struct.pack("<HHHHHHIIIIIQQQQ", 0, 3, *threads, 0, *total, private, group, 0, 0, 0, 0)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def load(image: bytes) -> dict[str, Kernel]:
     """The kernels of a code object (or of a bundle with one), by name."""
     image = unbundle(image)

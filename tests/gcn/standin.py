@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import threading
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -54,7 +53,7 @@ class Emulator:
 
     Attributes:
         lock: held by whoever sets what launches may touch and launches.
-        memory: what launches may touch, set by `reach`.
+        visible: the CPU tensors that launches may touch.
         failure: what the last failed launch raised, with its traceback; a driver would only give an error number.
         seed: of registers and LDS at the start of a launch.
         schedule: a seed of the order of waves, or None for the orderly one.
@@ -63,7 +62,7 @@ class Emulator:
 
     def __init__(self, library: Path, hip_version: int = 50221153) -> None:
         self.lock = threading.RLock()
-        self.memory = Memory()
+        self.visible: list[torch.Tensor] = []
         self.failure: BaseException | None = None
         self.seed = 1
         self.schedule: int | None = None
@@ -75,24 +74,22 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         self._library.standin_register(self._handler, hip_version)
 
-    def reach(self, tensors: Iterable[torch.Tensor | None]) -> None:
-        """Make the memory of CPU tensors, and nothing else, accessible to the launches from now on.
-
-        The caller keeps them alive. Tensors that overlap count as one buffer.
-        """
+    def _reachable(self) -> Memory:
+        """The memory of the visible tensors and nothing else; tensors that overlap count as one buffer."""
         spans = []
-        for tensor in tensors:
-            if tensor is not None and tensor.numel():
+        for tensor in self.visible:
+            if tensor.numel():
                 first = tensor.data_ptr()
                 spans.append((first, first + tensor.numel() * tensor.element_size()))
-        self.memory, merged = Memory(), []
+        memory, merged = Memory(), []
         for first, end in sorted(spans):
             if merged and first < merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
                 merged.append((first, end))
         for number, (first, end) in enumerate(merged):
-            self.memory.register(first, end - first, name=f"tensor {number} of {end - first} bytes")
+            memory.register(first, end - first, name=f"tensor {number} of {end - first} bytes")
+        return memory
 
     def _handle(self, what: int, data: int, size: int, handle: int, result: ctypes.Array) -> int:
         try:
@@ -118,7 +115,7 @@ class Emulator:
         arguments = ctypes.string_at(launch.arguments, launch.size)
         before = kernel.program.executed
         self.launches.append((kernel.info.name, grid, threads[0]))
-        kernel.launch(self.memory, grid, threads, arguments, launch.shared, self.seed, self.schedule)
+        kernel.launch(self._reachable(), grid, threads, arguments, launch.shared, self.seed, self.schedule)
         self.executed += kernel.program.executed - before
 
     def _occupancy(self, data: int, size: int, handle: int, result: ctypes.Array) -> None:

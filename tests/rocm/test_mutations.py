@@ -56,7 +56,7 @@ class Mutation:
     arch: str = "gfx90a"
 
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F32 = torch.bfloat16, torch.float32
 FMAX = "    u32 wave = threadIdx.x / FB_WAVE, first = threadIdx.x / LANES * (LANES / FB_WAVE);\n    block_barrier();"
 MUTATIONS = (
     Mutation(
@@ -133,7 +133,7 @@ MUTATIONS = (
         *(linear(F32, 2, 9, 192), MemoryFault, "gfx1030"),
     ),
     Mutation(
-        *("vector: results past the end", "linear_vector.cu", "% FB_WAVE && top + r < n)", "% FB_WAVE)"),
+        *("vector: results past the end", "linear_vector.cu", "i < m && top + r < n)", "i < m)"),
         *(linear(F32, 2, 9, 192), MemoryFault, "gfx1030"),
     ),
     Mutation(
@@ -154,12 +154,12 @@ MUTATIONS = (
     ),
     Mutation(
         *("matrix cores: a fragment of x from the wrong place", "linear_mfma.cu"),
-        *("{x0.z, x0.w}, {x1.x, x1.y}", "{x1.x, x1.y}, {x0.z, x0.w}", linear(F16, 3, 20, 128)),
+        *("{x0.z, x0.w}, {x1.x, x1.y}", "{x1.x, x1.y}, {x0.z, x0.w}", linear(BF16, 3, 20, 128)),
     ),
     Mutation(
         *("matrix cores: rows of w past the end", "linear_mfma.cu"),
         *("const i64 row = top + r < n ? top + r : n - 1;", "const i64 row = top + r;"),
-        *(linear(F16, 3, 20, 128), MemoryFault),
+        *(linear(BF16, 3, 20, 128), MemoryFault),
     ),
 )
 

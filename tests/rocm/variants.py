@@ -25,7 +25,7 @@ def specs(where: Target) -> list[KernelSpec]:
             found.append(elementwise.dequantize_spec(dtype, nested))
             found.append(elementwise.embedding_spec(dtype, nested, nested))
             found.append(pieces.slice_spec(dtype, nested))
-            found += [linear.vector_spec(dtype, nested, m) for m in (1, 5, 8, 9, 16)]
-            if where.has_mfma and dtype != torch.float32:
+            found += [linear.vector_spec(dtype, nested, m) for m in (1, 2, 4, 8, 16)]
+            if where.has_mfma and (dtype == torch.bfloat16 or (dtype == torch.float16 and where.mfma_is_exact_in_half)):
                 found.append(linear.mfma_spec(dtype, nested))
     return found

@@ -134,6 +134,8 @@ def test_supports_names_the_architecture(monkeypatch):
         (0x90A, torch.bfloat16, 16, 4096, 64, "mfma"),
         (0x90A, torch.bfloat16, 17, 4096, 64, "pieces"),
         (0x90A, torch.float32, 1, 4096, 64, "vector"),
+        (0x90A, torch.float16, 1, 4096, 64, "vector"),  # its matrix cores flush denormals
+        (0x942, torch.float16, 1, 4096, 64, "mfma"),
         (0x90A, torch.bfloat16, 1, 4096, 32, "vector"),
         (0x942, torch.float16, 1, 72, 64, "vector"),
         (0x1100, torch.bfloat16, 16, 4096, 128, "vector"),

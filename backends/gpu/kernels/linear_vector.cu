@@ -2,7 +2,7 @@
 //
 // A wave computes ROWS outputs for each of M rows of x. Its lanes lie along k, eight weights (one word) each; a table in
 // shared memory turns a byte into two float32 values. The scale multiplies a block's float32 sum, not each weight.
-// Defines: DTYPE, NESTED, M (rows of x, at most 16), ROWS, COPIES (of the table, a power of two).
+// Defines: DTYPE, NESTED, M (rows of x at most), ROWS, COPIES (of the table, a power of two).
 #include "packed.h"
 #include "store.h"
 
@@ -46,12 +46,12 @@ FB_DEVICE float load1(const void* x, i64 i) {
 #endif
 }
 
-// x [M, k] and y [M, n] in DTYPE, x 16-byte aligned; packed u8 [n, k / 2], 4-byte aligned; k a multiple of 8; bias [n]
+// x [m, k] and y [m, n] in DTYPE, 0 < m <= M, x 16-byte aligned; packed u8 [n, k / 2], 4-byte aligned; k a multiple of 8; bias [n]
 // or null; blocks of 1 << shift elements.
 FB_KERNEL(THREADS)
 linear_vector(const void* x, const u8* packed, const void* absmax, const float* code, const float* nested_absmax,
-              const float* nested_code, const float* nested_offset, const void* bias, void* y, i64 n, i64 k,
-              i64 shift) {
+              const float* nested_code, const float* nested_offset, const void* bias, void* y, i64 m, i64 n,
+              i64 k, i64 shift) {
     __shared__ Pair table[256 * COPIES];
     for (u32 i = threadIdx.x; i < 256 * COPIES; i += THREADS) {
         u32 byte = i / COPIES;
@@ -80,28 +80,28 @@ linear_vector(const void* x, const u8* packed, const void* absmax, const float* 
                 }
             }
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
+            for (int i = 0; i < M; ++i) {
                 float v[8];
-                load8(x, m * k + at, v);
+                load8(x, (i < m ? i : m - 1) * k + at, v);  // past the end the last row again, not stored
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     float sum = w[r][0] * v[0];
 #pragma unroll
-                    for (int i = 1; i < 8; ++i) sum = __builtin_fmaf(w[r][i], v[i], sum);
-                    sums[r][m] = __builtin_fmaf(scale[r], sum, sums[r][m]);
+                    for (int e = 1; e < 8; ++e) sum = __builtin_fmaf(w[r][e], v[e], sum);
+                    sums[r][i] = __builtin_fmaf(scale[r], sum, sums[r][i]);
                 }
             }
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                float sum = sums[r][m];
+            for (int i = 0; i < M; ++i) {
+                float sum = sums[r][i];
 #pragma unroll
                 for (int mask = FB_WAVE / 2; mask > 0; mask /= 2) sum += float_of(shuffle_xor(bits_of(sum), mask));
-                if (lane == (r * M + m) % FB_WAVE && top + r < n) {
+                if (lane == (r * M + i) % FB_WAVE && i < m && top + r < n) {
                     if (bias) sum += load1(bias, top + r);
-                    store1(y, m * n + top + r, sum);
+                    store1(y, i * n + top + r, sum);
                 }
             }
     }
