@@ -107,11 +107,16 @@ FB_DEVICE void prefetch_line(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
-// Waits for what earlier launches wrote, and lets the next one prepare.
+// Lets the next launch's blocks start wherever there is room; they wait for this launch's end themselves.
+FB_DEVICE void let_next_start() {
+#if FB_ARCH >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Waits for the end of the launch before, whose results are then there; so are those before it.
 FB_DEVICE void after_previous() {
 #if FB_ARCH >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 FB_DEVICE void cluster_barrier() {
@@ -133,7 +138,12 @@ FB_DEVICE float cluster_load(u32 p, u32 rank) {
 // ---- sm_90: copies of a whole run of bytes by the copy engine, which count on a barrier in shared memory -------
 
 #if FB_ARCH >= 900
-FB_DEVICE void barrier_init(u32 barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory"); }
+FB_DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+FB_DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and wgmma.
 FB_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // All three 16-byte aligned; the barrier's phase ends when the bytes have arrived.

@@ -278,7 +278,8 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         f"fused decode and {'wgmma' if tile.wgmma else 'mma'}: {blocks * layers} blocks of {tile.threads} threads"
         f" on {props.sm_count} multiprocessors, {range_rows} rows each in passes of {pass_rows},"
         f" K split over {tile.wk * tile.split} (warps {tile.wk}, cluster {tile.split}),"
-        f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory, ring of {tile.stages} x {tile.kw}"
+        f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory,"
+        f" ring of {tile.stages} x {tile.kw}"
     )
     used = shared_bytes(shape, tile)
     return Plan(spec, (blocks, layers, 1), tile.threads, used, range_rows, pass_rows, arrange, text)

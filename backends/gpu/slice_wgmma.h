@@ -14,7 +14,10 @@
 
 FB_DEVICE void barriers_init(u32 barriers) {
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i) barrier_init(barriers + 8 * i);
+    for (int i = 0; i < STAGES; ++i) {
+        barrier_init(barriers + 8 * i, 1);                 // x's slot is full
+        barrier_init(barriers + 8 * (STAGES + i), WARPS);  // all warps are done with it
+    }
     async_fence();
 }
 

@@ -8,6 +8,7 @@
 // x [m, k]; out [ceil(m / COLUMNS), parts, 4 products, 2 core matrices along k, COLUMNS, 8] of 16 bits, parts of 64
 // elements; what lies past x's last row or element is zero. k % 64 == 0, x 4-byte aligned; pieces: out's bytes / 16.
 FB_KERNEL(THREADS) arrange_x(const u16* x, u16* out, i64 m, i64 k, i64 parts, i64 pieces) {
+    let_next_start();  // to ask for its weights early; it waits for the end of this
     after_previous();
     i64 piece = (i64)blockIdx.x * THREADS + threadIdx.x;  // of 16 bytes in out; neighbours read neighbouring bytes
     if (piece >= pieces) return;

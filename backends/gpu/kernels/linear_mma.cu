@@ -63,13 +63,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Weight w = {packed, absmax, nested_absmax, k, k / BLOCKSIZE, n * (k / BLOCKSIZE)};
     if (thread == 0) prefetch_line(code);
     for (u32 r = row_first + thread / 4; r < row_first + pass && r < row_end; r += THREADS / 4) {
-        u32 at = k_first + thread % 4 * (SLICE / 4);  // what the first slots will hold
-        if (at + SLICE / 4 <= k) prefetch(packed + (u64)r * (k / 2) + at / 2, SLICE / 8);
+#pragma unroll
+        for (u32 i = 0; i < (WGMMA ? STAGES - 1 : 1); ++i) {  // what the first slots will hold
+            u32 at = k_first + (4 * i + thread % 4) * (SLICE / 4);
+            if (at + SLICE / 4 <= k) prefetch(packed + (u64)r * (k / 2) + at / 2, SLICE / 8);
+        }
     }
 #if WGMMA
     if (thread == 0) barriers_init(barriers);
 #endif
     after_previous();
+    let_next_start();
 #endif
 
     // The slices of all passes form one sequence. `fetched` counts those asked for, pass and step say which is next.
@@ -81,6 +85,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (i64 m0 = m_first; m0 < m_end; m0 += COLUMNS) {
         const u32 columns = m_end - m0 < COLUMNS ? (u32)(m_end - m0) : COLUMNS;
         u32 fetch_pass = 0, fetch_step = 0, fetch_slot = 0;
+#if WGMMA
+        u32 fetcher = 0, used = 0, freed = 0;  // whose turn it is; bits of slots filled before; their parities
+#endif
         auto fetch_next = [&](u32 last_pass) {
             if (fetch_pass <= last_pass) {
                 const u32 top = row_first + fetch_pass * pass, bottom = top + pass < row_end ? top + pass : row_end;
@@ -89,12 +96,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     fetch(w, slot_of(window, fetch_slot, warp), expert_row + first, bottom - first, at, lane);
 #if WGMMA
                 const u32 x_at = k_first + fetch_step * SLICE;
-                if (thread == 0) {
+                const bool again = used >> fetch_slot & 1;
+                if (warp == fetcher && lane == 0) {
+                    if (again) barrier_wait(barriers + 8 * (STAGES + fetch_slot), freed >> fetch_slot & 1);
                     const u32 end = (k + KW - 1) / KW * KW;  // padded with zeros
                     u32 bytes = (end - x_at < SLICE ? end - x_at : SLICE) * (2 * COLUMNS);
                     copy_bulk(x_ring + fetch_slot * X_BYTES, x + (m0 * end + (u64)x_at * COLUMNS), bytes,
                               barriers + 8 * fetch_slot);
                 }
+                freed ^= (u32)again << fetch_slot;
+                used |= 1u << fetch_slot;
 #elif !RESIDENT
                 const u32 x_at = k_first + fetch_step * SLICE;
                 const u32 to = x_ring + fetch_slot * X_BYTES;
@@ -164,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
             for (u32 step = 0; step < steps; ++step) {
                 copies_wait<STAGES - 2>();
-                if (RESIDENT) wave_barrier();
+                if (RESIDENT || WGMMA) wave_barrier();
                 else block_barrier();
                 const u32 at = k_first + step * SLICE + wk * KW;
                 const Slot from = slot_of(window, slot, warp);
@@ -178,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
                 fetch_next(RESIDENT ? ahead : p);
 #if WGMMA
+                fetcher = fetcher + 1 == WARPS ? 0 : fetcher + 1;  // it waits for the others: by turns
                 barrier_wait(barriers + 8 * slot, parity >> slot & 1);
                 parity ^= 1u << slot;
 #endif
@@ -187,6 +199,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
                     multiply_slice(sums, from, lane4, here, lane);
                 }
+#if WGMMA
+                wave_barrier();
+                if (lane == 0) barrier_arrive(barriers + 8 * (STAGES + slot));
+#endif
                 slot = slot + 1 == STAGES ? 0 : slot + 1;
             }
 
