@@ -19,6 +19,9 @@
 #define WORDS (EVEN ? (SCALES + 3) / 4 : (SCALES + 6) / 4)
 #define NESTED_WORDS (EVEN || SCALES == 1 ? 1 : 2)
 
+// Whether lanes decode the scales they need when they need them; otherwise a warp decodes its slice's together, first.
+#define DIRECT (NESTED && EVEN && SCALES == 4 && PARTS == 1 && !(WARPS > 8 && NT >= 8))  // registers
+
 // WIDE: the table's entries are 256 bytes apart, so that one byte permutation makes an address; rows of the ring take
 // the other halves of these 256 bytes, and go on in pairs of stages behind the table.
 #define ENTRY_BYTES (WIDE ? 256 : 128)
@@ -130,9 +133,30 @@ FB_DEVICE void fetch(const Weight& w, Slot slot, u32 first, u32 count, u32 k, u3
 #endif
 }
 
-#if NESTED
+// What a lane has to know to read scales.
+struct ScaleTable {
+    u32 table;  // of nested_code
+    float offset;
+};
+
+#if DIRECT
+// The codes of a row's four scales in a slice, and their nested scale.
+struct RowScales {
+    u32 codes;
+    float unit;
+};
+FB_DEVICE RowScales row_scales(Slot slot, u32 row) {
+    u32 codes = slot.scales + SCALE_BYTES;
+    return RowScales{shared_load(codes + 4 * row), float_of(shared_load(codes + 4 * ROWS + 4 * row))};
+}
+// Scale i of the four; the product is rounded before the sum, as the format says.
+FB_DEVICE float scale_of(RowScales row, u32 i, ScaleTable s) {
+    u32 at = (i == 0 ? row.codes << 2 : row.codes >> (8 * i - 2 & 31)) & 0x3fcu;
+    return add_rn(mul_rn(float_of(shared_load(s.table + at)), row.unit), s.offset);
+}
+#elif NESTED
 // Turns the codes of a slice's scales into scales; the product is rounded before the sum, as the format says.
-FB_DEVICE void decode_scales(const Weight& w, Slot slot, u32 table, float offset, u32 first, u32 k, u32 lane) {
+FB_DEVICE void decode_scales(const Weight& w, Slot slot, ScaleTable s, u32 first, u32 k, u32 lane) {
     const u32 codes = slot.scales + SCALE_BYTES, nested = codes + 4 * WORDS * ROWS;
 #pragma unroll
     for (u32 i = 0; i < (ROWS * SCALES + 31) / 32; ++i) {
@@ -142,7 +166,7 @@ FB_DEVICE void decode_scales(const Weight& w, Slot slot, u32 table, float offset
             u32 code = shared_load8(codes + 4 * WORDS * row + (EVEN && SCALES % 4 == 0 ? 0 : index & 3) + part);
             u32 entry = NESTED_WORDS == 1 ? 0 : (index + part >> 8) - (index >> 8);
             float unit = float_of(shared_load(nested + 4 * (NESTED_WORDS * row + entry)));
-            float scale = add_rn(mul_rn(float_of(shared_load(table + 4 * code)), unit), offset);
+            float scale = add_rn(mul_rn(float_of(shared_load(s.table + 4 * code)), unit), s.offset);
             bool inside = EVEN || k + part * BLOCKSIZE < w.k;
             shared_store(slot.scales + 4 * at, inside ? bits_of(scale) : 0);
         }

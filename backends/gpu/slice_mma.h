@@ -9,8 +9,16 @@
 #define X_BYTES (COLUMNS * X_STRIDE)         // of one stage, where x streams
 
 // One slice of a warp: sums += weight slice times x slice. `x`: address of its first element, for column 0.
-FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, const u32 (&x)[NT], u32 lane) {
+FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, const u32 (&x)[NT], ScaleTable s,
+                              u32 lane) {
     u32 g = lane / 4, t = lane % 4;
+#if DIRECT
+    RowScales rows[RT][2];
+#pragma unroll
+    for (int r = 0; r < RT; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows[r][half] = row_scales(slot, 16 * r + 8 * half + g);
+#endif
 #pragma unroll UNROLL
     for (int part = 0; part < KW / 64; ++part) {
         u32 a[RT][4][4];
@@ -40,9 +48,13 @@ FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, co
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int p = 0; p < PARTS; ++p) {
+#if DIRECT
+                    scale[r][half][p] = scale_of(rows[r][half], part, s);
+#else
                     u32 index = (64 * part + 32 * p) / BLOCKSIZE;
                     u32 at = (16 * r + 8 * half + g) * SCALES + index;
                     scale[r][half][p] = float_of(shared_load(slot.scales + 4 * at));
+#endif
                 }
 #pragma unroll
         for (int n = 0; n < NT; ++n) {

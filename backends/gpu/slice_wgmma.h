@@ -9,7 +9,7 @@
 #define X_BYTES (COLUMNS * 2 * SLICE)  // of one stage
 
 #ifndef DEPTH
-#define DEPTH 2  // products in flight: one works while the next one's bytes are decoded
+#define DEPTH (WARPS > 8 ? 1 : 2)  // products in flight; with fewer warps one works while the next is decoded
 #endif
 
 FB_DEVICE void barriers_init(u32 barriers) {
@@ -114,10 +114,17 @@ FB_DEVICE void start_wait(float (&d)[NT][4]) {
 }
 
 // One slice of a warp: sums += weight slice times x slice. `x`: address of the warp's part of the x slice.
-FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, u32 x, u32 lane) {
+FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, u32 x, ScaleTable s, u32 lane) {
     const u64 x_slice = operand(same_in_wave(x));
     const u32 g = lane / 4, t = lane % 4;
     const int units = KW / 64 * RT * PARTS;  // one quantization block (or 64 elements of it) of 16 rows each
+#if DIRECT
+    RowScales rows[RT][2];
+#pragma unroll
+    for (int r = 0; r < RT; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows[r][half] = row_scales(slot, 16 * r + 8 * half + g);
+#endif
     u32 a[DEPTH][4 / PARTS][4];
     float d[DEPTH][NT][4], scale[DEPTH][2];
 #pragma unroll
@@ -138,8 +145,12 @@ FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, u3
                     a[i % DEPTH][j][half] = decode(table, word, j % 2 * 2);
                     a[i % DEPTH][j][half + 2] = decode(table, word, j % 2 * 2 + 1);
                 }
+#if DIRECT
+                scale[i % DEPTH][half] = scale_of(rows[r][half], part, s);
+#else
                 scale[i % DEPTH][half] =
                     float_of(shared_load(slot.scales + 4 * (row * SCALES + (64 * part + 32 * p) / BLOCKSIZE)));
+#endif
             }
             start_fence();
 #pragma unroll

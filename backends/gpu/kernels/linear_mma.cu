@@ -149,9 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (u32 i = thread; i < 256; i += THREADS) shared_store(window + CODES_AT + 4 * i, bits_of(nested_code[i]));
 #endif
         }
-#if NESTED
-        const float offset = *nested_offset;
-#endif
+        const ScaleTable scale_table = {window + CODES_AT, NESTED ? *nested_offset : 0.0f};
         copies_wait<STAGES - 2>();
         block_barrier();
 
@@ -194,10 +192,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 parity ^= 1u << slot;
 #endif
                 if (busy && at < k) {
-#if NESTED
-                    decode_scales(w, from, window + CODES_AT, offset, expert_row + first, at, lane);
+#if NESTED && !DIRECT
+                    decode_scales(w, from, scale_table, expert_row + first, at, lane);
 #endif
-                    multiply_slice(sums, from, lane4, here, lane);
+                    multiply_slice(sums, from, lane4, here, scale_table, lane);
                 }
 #if WGMMA
                 wave_barrier();
