@@ -48,10 +48,15 @@ def blockwise_spec(name: str, dtype: torch.dtype, blocksize: int) -> KernelSpec:
     return KernelSpec.of("blockwise.cu", name, {"DTYPE": DTYPE_CODES[dtype], "BLOCKSIZE": blocksize})
 
 
-def _blocks(launcher: Launcher, spec: KernelSpec, threads: int, tiles: int, waves: int = 1) -> int:
-    """As many blocks as the device holds at once, times `waves`, but no more than there are tiles."""
+MOST_WAVES = 4
+TILES_A_BLOCK = 8
+"""Many blocks share the last tiles out evenly, but each sorts the codebook first: eight tiles pay for that."""
+
+
+def _blocks(launcher: Launcher, spec: KernelSpec, threads: int, tiles: int) -> int:
+    """As many blocks as the device holds at once, or up to four times as many if each has tiles enough."""
     resident = _resident(launcher, spec, threads)
-    return min(tiles, resident * waves)
+    return min(tiles, max(resident, min(tiles // TILES_A_BLOCK, resident * MOST_WAVES)))
 
 
 @cache
@@ -64,10 +69,6 @@ def _tile_threads(blocksize: int) -> int:
     return max(blocksize // 8, 256)
 
 
-QUANTIZE_WAVES = 4
-"""Rounds of blocks: more share the last tiles out more evenly, and each block first sorts the codebook."""
-
-
 def quantize(launcher: Launcher, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
     """See `Backend.quantize_4bit`."""
     count = w.numel()
@@ -77,7 +78,7 @@ def quantize(launcher: Launcher, w: Tensor, code: Tensor, blocksize: int, signed
     threads = _tile_threads(blocksize)
     source = w.data_ptr()
     args = (source, code.data_ptr(), packed.data_ptr(), absmax.data_ptr(), count, int(source % 16 == 0))
-    blocks = _blocks(launcher, spec, threads, -(-count // (8 * threads)), QUANTIZE_WAVES)
+    blocks = _blocks(launcher, spec, threads, -(-count // (8 * threads)))
     launcher.launch(spec, (blocks, 1, 1), threads, 0, args)
     return packed, absmax
 
