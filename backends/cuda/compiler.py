@@ -46,23 +46,17 @@ class Target:
 @lru_cache(maxsize=1)
 def version() -> tuple[int, int]:
     """NVRTC's version. Raises RuntimeError if it cannot be loaded."""
-    from cuda.bindings import nvrtc
+    from fourbit.backends.cuda import nvrtc_library
 
-    error, major, minor = nvrtc.nvrtcVersion()
-    if int(error):
-        raise RuntimeError(f"NVRTC does not tell its version: {_name(error)}")
-    return int(major), int(minor)
+    return nvrtc_library.version()
 
 
 @lru_cache(maxsize=1)
 def known_archs() -> tuple[int, ...]:
     """Compute capabilities times ten that this NVRTC compiles for, ascending."""
-    from cuda.bindings import nvrtc
+    from fourbit.backends.cuda import nvrtc_library
 
-    error, archs = nvrtc.nvrtcGetSupportedArchs()
-    if int(error):
-        raise RuntimeError(f"NVRTC does not tell its architectures: {_name(error)}")
-    return tuple(sorted(int(arch) for arch in archs))
+    return nvrtc_library.known_archs()
 
 
 def target(arch: int, arch_specific: bool = False, known: tuple[int, ...] | None = None) -> Target:

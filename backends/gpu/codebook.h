@@ -15,15 +15,18 @@ struct Codebook {
         // a value that occurs again is left out: the lowest code stands for it, and +0 equals -0
         bool first = thread < N;
         float value = 0.0f;
+        if (thread < N) sorted[thread] = value = table[thread];
+        if (thread == 0) ordered = 1;
+        block_barrier();
         if (thread < N) {
-            value = table[thread];
-            for (u32 j = 0; j < thread; ++j) first &= table[j] != value;
+#pragma unroll 16
+            for (u32 j = 0; j < N; ++j) first &= j >= thread || sorted[j] != value;
             edges[thread] = first ? value : float_of(0x7fc00000u);  // for now the values; NaN compares false
         }
-        if (thread == 0) ordered = 1;
         u32 distinct = block_count(first);
         if (first) {
             u32 rank = 0;
+#pragma unroll 16
             for (u32 j = 0; j < N; ++j) rank += edges[j] < value;
             sorted[rank] = value;
             codes[rank] = thread;
@@ -66,6 +69,7 @@ struct Buckets {
     // Called by all threads of the block, at least 128; ends with a barrier.
     __device__ __forceinline__ void build(const Codebook<16>& codebook, u32 thread) {
         u32 lower = 0, inside = 0;
+#pragma unroll
         for (int i = 0; i < 15; ++i) {
             float edge = codebook.edges[i];
             edge = edge < -2.0f ? -2.0f : edge > 2.0f ? 2.0f : edge;  // infinities, and tables beyond [-1, 1]

@@ -18,11 +18,15 @@ from fourbit.backends.gpu.launcher import Launcher
 
 Optional = Tensor | None
 
-_Ready = tuple[Callable[..., None], tuple[int, int, int], int, int, tuple[int, ...], bool]
+_Arrange = tuple[Callable[..., None], tuple[int, int, int], tuple[int, ...], int]
+"""What lays x out first: launch, grid, last arguments, bytes of the result."""
+
+_Ready = tuple[Callable[..., None], tuple[int, int, int], int, int, tuple[int, ...], bool, _Arrange | None]
 """A plan with its kernel loaded: launch, grid, threads, shared bytes, last arguments, whether launches overlap."""
 
 _ready: dict[tuple[object, ...], _Ready | None] = {}
 _MOST_READY = 4096
+ARRANGE_THREADS = 256
 _empty = torch.empty
 
 
@@ -52,7 +56,12 @@ def linear(
         x_at, packed_at, absmax_at = x.data_ptr(), packed.data_ptr(), absmax.data_ptr()
         if not (x_at | packed_at | absmax_at) & 15:
             out = _empty((*shape[:-1], out_features), dtype=x.dtype, device=x.device)
-            launch, grid, threads, shared, tail, overlapping = ready
+            launch, grid, threads, shared, tail, overlapping, arrange = ready
+            if arrange is not None:
+                first, blocks, last, size = arrange
+                arranged = _empty(size, dtype=torch.uint8, device=x.device)
+                first(blocks, ARRANGE_THREADS, 0, (x_at, arranged.data_ptr(), *last), overlapping)
+                x_at = arranged.data_ptr()
             nested = (0, 0, 0)
             if nested_absmax is not None:
                 assert nested_code is not None and nested_offset is not None
@@ -61,10 +70,7 @@ def linear(
                 *(x_at, packed_at, absmax_at, code.data_ptr(), *nested),
                 *(0 if bias is None else bias.data_ptr(), out.data_ptr(), *tail),
             )
-            if overlapping:
-                launch(grid, threads, shared, args, True)
-            else:
-                launch(grid, threads, shared, args)
+            launch(grid, threads, shared, args, overlapping)
             return out
     if m == 0:
         return x.new_empty((*shape[:-1], out_features))
@@ -98,7 +104,16 @@ def _load(launcher: Launcher, shape: plan.Shape) -> _Ready | None:
     kernel: Any = launcher.kernel(chosen.spec, chosen.shared_bytes)
     tail = (shape.m, shape.n, shape.k, chosen.range_rows, chosen.pass_rows)
     overlapping = launcher.props.arch >= 90 and not shape.experts
-    return kernel.launch, chosen.grid, chosen.threads, chosen.shared_bytes, tail, overlapping
+    arrange = None
+    if chosen.arrange is not None:
+        spec, size = chosen.arrange
+        pieces_of_16 = size // 16
+        columns = int(dict(spec.defines)["COLUMNS"])
+        parts = size // (128 * -(-shape.m // columns) * columns)
+        first: Any = launcher.kernel(spec)
+        blocks = (-(-pieces_of_16 // ARRANGE_THREADS), 1, 1)
+        arrange = (first.launch, blocks, (shape.m, shape.k, parts, pieces_of_16), size)
+    return kernel.launch, chosen.grid, chosen.threads, chosen.shared_bytes, tail, overlapping, arrange
 
 
 def linear_grad(
@@ -150,7 +165,7 @@ def grouped(
     if ready is None or (x.data_ptr() | packed.data_ptr() | absmax.data_ptr()) & 15:
         return None
     out = x.new_zeros(m, out_features)
-    launch, grid, threads, shared, tail, _ = ready
+    launch, grid, threads, shared, tail, *_ = ready
     ends = offsets.to(torch.int64)
     nested = (0 if each is None else each.data_ptr() for each in (nested_absmax, nested_code, nested_offset))
     args = (

@@ -4,6 +4,14 @@
 #pragma once
 #include "shim.h"
 
+// Where dynamic shared memory starts in a block's window if there is no static: what the driver keeps lies before it.
+#define SHARED_BASE (FB_ARCH >= 900 ? 1024 : 0)
+
+FB_DEVICE void trap() { asm volatile("trap;"); }
+FB_DEVICE u32 permute_bytes(u32 low, u32 high, u32 selector) { return __byte_perm(low, high, selector); }
+// The value of lane 0, in all lanes; tells the compiler that it is the same in all.
+FB_DEVICE u32 same_in_wave(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
+
 FB_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- copies: of 16 or 4 bytes; `bytes` less than that fills the rest with zeros ------------------------------
@@ -52,10 +60,14 @@ FB_DEVICE u32x4 shared_load4(u32 p) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(p));
     return v;
 }
-// Of what never changes while the kernel reads it: the compiler may move these.
+// Of what never changes while the kernel reads it: the compiler may move these. `p` counts from SHARED_BASE.
 FB_DEVICE u32 shared_constant(u32 p) {
     u32 v;
+#if FB_ARCH >= 900
+    asm("ld.shared.u32 %0, [%1 + 1024];" : "=r"(v) : "r"(p));
+#else
     asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(p));
+#endif
     return v;
 }
 FB_DEVICE void shared_store(u32 p, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(p), "r"(v) : "memory"); }
@@ -90,11 +102,21 @@ FB_DEVICE void prefetch(const void* p, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
 #endif
 }
-// Waits for what earlier launches wrote, and lets the next one prepare.
+FB_DEVICE void prefetch_line(const void* p) {
+#if !FB_HIP
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+// Lets the next launch's blocks start wherever there is room; they wait for this launch's end themselves.
+FB_DEVICE void let_next_start() {
+#if FB_ARCH >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Waits for the end of the launch before, whose results are then there; so are those before it.
 FB_DEVICE void after_previous() {
 #if FB_ARCH >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 FB_DEVICE void cluster_barrier() {
@@ -112,3 +134,32 @@ FB_DEVICE float cluster_load(u32 p, u32 rank) {
 #endif
     return v;
 }
+
+// ---- sm_90: copies of a whole run of bytes by the copy engine, which count on a barrier in shared memory -------
+
+#if FB_ARCH >= 900
+FB_DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+FB_DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and wgmma.
+FB_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// All three 16-byte aligned; the barrier's phase ends when the bytes have arrived.
+FB_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+// Waits for the end of the phase whose number has this parity.
+FB_DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again%=; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+#endif

@@ -13,17 +13,17 @@ from functools import lru_cache
 from fourbit.backends.gpu.device import DeviceProps
 from fourbit.backends.gpu.spec import KernelSpec
 
-TABLE_BYTES = 32768
-"""Of the kernels' decoding table in shared memory."""
-
-RESERVED_BYTES = 1024
-"""Shared memory that the driver keeps of each block's."""
-
 MIN_ARCH = 80
 """From this compute capability on there are 16-byte asynchronous copies and bfloat16 products."""
 
 CLUSTER_ARCH = 90
 """From this one on blocks can form a cluster."""
+
+WGMMA_ARCH = 90
+"""The one that has wgmma; later ones replaced it."""
+
+WIDE_BYTES = 200 << 10
+"""Shared memory from which the wide layout of the decoding table pays."""
 
 FUSED_ROWS = 64
 """Rows of x that one pass of the fused kernel takes at most."""
@@ -42,6 +42,8 @@ class Tile:
         stages: slots of each warp's ring.
         split: blocks of a cluster that share rows and split the inner dimension.
         resident: whether all of x stays in shared memory.
+        wgmma: whether groups of four warps multiply on sm_90a's asynchronous unit.
+        wide: whether the decoding table has the wide layout.
     """
 
     rt: int
@@ -52,6 +54,8 @@ class Tile:
     stages: int
     split: int
     resident: bool
+    wgmma: bool = False
+    wide: bool = False
 
     @property
     def threads(self) -> int:
@@ -67,6 +71,11 @@ class Tile:
     def slice(self) -> int:
         """Elements of a row that the block's warps take side by side."""
         return self.wk * self.kw
+
+    @property
+    def columns(self) -> int:
+        """Rows of x that a block takes at a time."""
+        return 8 * self.nt
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Plan:
         shared_bytes: dynamic shared memory of a block.
         range_rows: rows of the weight that a block owns.
         pass_rows: of those, how many it works on at a time.
+        arrange: the kernel that lays x out first, if the plan needs one, and the bytes of its result.
         text: what was chosen and why, one line.
     """
 
@@ -102,6 +112,7 @@ class Plan:
     shared_bytes: int
     range_rows: int
     pass_rows: int
+    arrange: tuple[KernelSpec, int] | None
     text: str
 
 
@@ -112,24 +123,33 @@ def fits_fused(props: DeviceProps, shape: Shape) -> bool:
         and shape.dtype != 0
         and shape.k % 64 == 0
         and shape.k % shape.blocksize == 0
-        and shape.n * shape.k // shape.blocksize < 1 << 40
+        and max(shape.experts, 1) * shape.n * shape.k // shape.blocksize < 1 << 31
+        and shape.m < 1 << 31
     )
 
 
 def shared_bytes(shape: Shape, tile: Tile) -> int:
-    """Dynamic shared memory of linear_mma.cu, in bytes."""
-    rows = 16 * tile.rt
+    """Dynamic shared memory of linear_mma.cu, in bytes: the layout of ring.h."""
+    rows, warps = 16 * tile.rt, tile.wr * tile.wk
     even = shape.k % tile.kw == 0
     scales = max(1, tile.kw // shape.blocksize)
-    slot = rows * tile.kw // 2 + rows * scales * 4 + (8 * (1 if even else 2) * rows if shape.nested else 0)
-    ring = tile.wr * tile.wk * tile.stages * slot
-    columns = 8 * tile.nt
-    sums = tile.wk * columns * (tile.rows + 4) * 4
-    base = TABLE_BYTES + (1024 if shape.nested else 0)
+    everyone = warps * rows
+    if tile.wide:
+        inside = 256 // everyone
+        table, ring = 256 * 256, -(-max(tile.stages - inside, 0) // 2) * everyone * 256
+    else:
+        table, ring = 256 * 128, tile.stages * everyone * tile.kw // 2
+    side = rows * scales * 4
+    if shape.nested:
+        words = (scales + 3) // 4 if even else (scales + 6) // 4
+        side += 4 * (words + (1 if even or scales == 1 else 2)) * rows
+    x_at = table + ring + tile.stages * warps * side + (1024 if shape.nested else 0) + 64
+    sums = tile.wk * tile.columns * (tile.rows + 4) * 4
     if tile.resident:
         steps = -(-steps_in_all(shape, tile) // tile.split)
-        return base + ring + (2 * steps * tile.slice + 16) * min(shape.m, columns) + sums
-    return base + max(ring + tile.stages * columns * (2 * tile.slice + 16), sums)
+        return x_at + (2 * steps * tile.slice + 16) * min(shape.m, tile.columns) + sums
+    x_row = 2 * tile.slice + (0 if tile.wgmma else 16)
+    return x_at + max(tile.stages * tile.columns * x_row, sums)
 
 
 def steps_in_all(shape: Shape, tile: Tile) -> int:
@@ -152,49 +172,62 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
     """Tiles that fit the device, in the order of preference among equals."""
     per_expert = -(-shape.m // shape.experts) if shape.experts else shape.m
     nt = next((nt for nt in (1, 2, 4) if per_expert <= 8 * nt), 8)
+    wide = props.shared_per_block >= WIDE_BYTES
     splits = (1, 2) if props.arch >= CLUSTER_ARCH and not shape.experts and nt >= 2 else (1,)
-    limit = props.shared_per_block - RESERVED_BYTES
-    for rt, wr, wk in _WARPS:
-        if rt * nt >= 8 and wr * wk > 8:  # registers
-            continue
-        for kw in (256, 128, 64):
-            for stages in (3, 2):
-                for split in splits:
-                    for resident in (True, False) if shape.m <= 8 and not shape.experts else (False,):
-                        tile = Tile(rt, nt, wr, wk, kw, stages, split, resident)
-                        if split <= steps_in_all(shape, tile) and shared_bytes(shape, tile) <= limit:
-                            yield tile
+    units = (False, True) if props.arch == WGMMA_ARCH and not shape.experts and nt >= 2 else (False,)
+    places = (True, False) if nt == 1 and not shape.experts else (False,)
+    for wgmma in units:
+        for rt, wr, wk in _GROUPS if wgmma else _WARPS:
+            if not wgmma and rt * nt >= 8 and (wr * wk > 8 or rt * nt == 16 and shape.blocksize == 32):  # registers
+                continue
+            for kw in (256,) if wide else (256, 128, 64):
+                for stages in (3, 4, 2):
+                    for split in splits:
+                        for resident in places:
+                            tile = Tile(rt, nt, wr, wk, kw, stages, split, resident, wgmma, wide)
+                            fits = shared_bytes(shape, tile) <= props.shared_per_block
+                            if fits and split <= steps_in_all(shape, tile):
+                                yield tile
 
 
-_WARPS = ((1, 4, 4), (2, 2, 4), (1, 2, 8), (1, 7, 2), (1, 2, 4), (1, 4, 2), (1, 8, 2), (2, 4, 2), (2, 1, 8), (2, 7, 1))
-"""(rt, wr, wk) worth trying: 7 to 16 warps."""
+_WARPS = (
+    *((1, 4, 4), (2, 2, 4), (1, 2, 8), (1, 8, 2), (1, 7, 2), (1, 2, 4), (1, 4, 2), (2, 4, 2), (2, 1, 8), (2, 7, 1)),
+    (2, 2, 2),
+)
+"""(rt, wr, wk) worth trying: 4 to 16 warps."""
+
+_GROUPS = ((1, 16, 1), (1, 8, 2), (1, 8, 1), (1, 4, 2), (2, 8, 1), (2, 4, 2), (1, 4, 4), (1, 4, 3))
+"""The same where four warps multiply together."""
 
 
 def cost(props: DeviceProps, shape: Shape, tile: Tile) -> float:
     """Estimated microseconds; right in its comparisons more than in its values."""
-    blocks, range_rows, pass_rows = geometry(props, shape, tile)
+    _, range_rows, pass_rows = geometry(props, shape, tile)
     passes = -(-range_rows // pass_rows)
     steps = -(-steps_in_all(shape, tile) // tile.split)
-    bandwidth = (props.bandwidth or 15.0 * props.sm_count) * 900.0  # bytes per microsecond that can be reached
+    bandwidth = (props.bandwidth or 15.0 * props.sm_count) * 850.0  # bytes per microsecond that can be reached
     per_sm = bandwidth / props.sm_count
     # what the most loaded block moves from memory, and x from the second-level cache, about twice as fast
     weight = range_rows * steps * tile.slice * (0.5 + (1 if shape.nested else 4) / shape.blocksize)
-    columns = min(shape.m, 8 * tile.nt)
+    columns = min(shape.m, tile.columns)
     x_reads = (1 if tile.resident else passes) * steps * tile.slice * 2 * columns
     memory = (weight + 0.4 * x_reads) / per_sm
-    # cycles of the shared memory for 1024 weights: bytes and table 25, x's fragments, x's copies
-    groups = passes * steps * tile.rows * tile.slice / 1024
-    used = range_rows / (passes * tile.rows)
-    fragment = (4 if shape.m <= 4 else 8) * tile.nt / tile.rt
-    wavefronts = groups * used * (25 + fragment + 10 * tile.nt * 16 / pass_rows)
-    few = 1.35 if tile.threads <= 256 and tile.rt == 1 else 1.0  # warps that can hide each other's waits
-    compute = wavefronts * few / 1400.0
-    fixed = 0.35 * passes + (0.4 if tile.resident else 0.2 + 0.06 * passes * steps) + 0.6 * (tile.split > 1)
+    # cycles for 1024 weights, as counted in the machine code and seen in measurements
+    if tile.wgmma:
+        cycles = 45.0 + 5.0 * tile.nt
+    else:
+        cycles = 33.0 + (4.0 if shape.m <= 4 else 8.0 + 2.0 * tile.nt) * tile.nt / tile.rt
+    if tile.wr * tile.wk * tile.rt < 16:
+        cycles *= 1.12  # too few independent chains to hide all waits
+    if not tile.wide:
+        cycles += 16.0
+    compute = passes * steps * tile.rows * tile.slice / 1024 * cycles / 1750.0
+    compute *= max(range_rows / (passes * tile.rows), 0.6)  # idle warps leave their share to the others
+    fixed = 0.3 * passes + 0.4 * tile.resident + (0.0 if tile.resident else 0.04 * passes * steps)
+    fixed += 0.5 * (tile.split > 1) + 1.2 * tile.wgmma + 0.1 * (tile.wk > 4)
     if tile.stages < 3:
-        memory *= 1.2
-    if tile.kw < 256:
-        memory *= 1.05
-    return memory + 0.35 * compute + fixed if memory > compute else compute + 0.35 * memory + fixed
+        fixed += 0.3
+    return max(memory, compute) + 0.3 * min(memory, compute) + fixed
 
 
 @lru_cache(maxsize=4096)
@@ -226,18 +259,30 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
             "RESIDENT": int(tile.resident),
             "EVEN": int(shape.k % tile.kw == 0),
             "GROUPED": int(shape.experts > 0),
+            "WGMMA": int(tile.wgmma),
+            "WIDE": int(tile.wide),
         },
         min_arch=MIN_ARCH,
+        arch_specific=tile.wgmma,
     )
-    layers = shape.experts or -(-shape.m // (8 * tile.nt))
+    layers = shape.experts or -(-shape.m // tile.columns)
+    arrange = None
+    if tile.wgmma:
+        defines = {"BLOCKSIZE": shape.blocksize, "COLUMNS": tile.columns, "DTYPE": shape.dtype}
+        padded = -(-shape.k // tile.kw) * tile.kw
+        arrange = (
+            KernelSpec.of("arrange_x.cu", "arrange_x", defines, min_arch=MIN_ARCH),
+            layers * tile.columns * padded * 2,
+        )
     text = (
-        f"fused decode and matrix units: {blocks * layers} blocks of {tile.threads} threads on {props.sm_count}"
-        f" multiprocessors, {range_rows} rows each in passes of {pass_rows}, K split over {tile.wk * tile.split}"
-        f" (warps {tile.wk}, cluster {tile.split}), {8 * tile.nt} rows of x at a time"
-        f" {'kept in' if tile.resident else 'streamed through'} shared memory, ring of {tile.stages} x {tile.kw}"
+        f"fused decode and {'wgmma' if tile.wgmma else 'mma'}: {blocks * layers} blocks of {tile.threads} threads"
+        f" on {props.sm_count} multiprocessors, {range_rows} rows each in passes of {pass_rows},"
+        f" K split over {tile.wk * tile.split} (warps {tile.wk}, cluster {tile.split}),"
+        f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory,"
+        f" ring of {tile.stages} x {tile.kw}"
     )
     used = shared_bytes(shape, tile)
-    return Plan(spec, (blocks, layers, 1), tile.threads, used, range_rows, pass_rows, text)
+    return Plan(spec, (blocks, layers, 1), tile.threads, used, range_rows, pass_rows, arrange, text)
 
 
 # ---- decode a piece, then torch's matmul ----------------------------------------------------------------------

@@ -62,6 +62,8 @@ def linear_specs(arch: int) -> list[KernelSpec]:
                     chosen = plan.plan_linear(props_of(arch), shape)
                     if chosen is not None:
                         found[chosen.spec] = None
+                        if chosen.arrange is not None:
+                            found[chosen.arrange[0]] = None
     return list(found)
 
 
