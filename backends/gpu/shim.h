@@ -168,6 +168,17 @@ FB_DEVICE u32 shuffle_xor(u32 v, int mask) {
 FB_DEVICE u32 shuffle_xor(u32 v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 #endif
 
+// The same value, which the compiler has to take for one that differs from lane to lane: what is derived from it is kept
+// in vector registers, where the scalar ones of AMD's GPUs would run out.
+#if FB_HIP
+FB_DEVICE u32 per_lane(u32 v) {
+    asm("" : "+v"(v));
+    return v;
+}
+#else
+FB_DEVICE u32 per_lane(u32 v) { return v; }
+#endif
+
 #if FB_HIP
 FB_DEVICE void block_barrier() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");  // the barrier alone orders no memory

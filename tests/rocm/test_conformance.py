@@ -12,7 +12,7 @@ import fourbit.testing
 from fourbit import registry
 from tests.gcn.backend import EmulatedBackend
 
-PARAMETERS = 3
+PARAMETERS = 6
 """Parameter sets of each test function that are run; the two architectures take different ones.
 
 FOURBIT_ALL_PARAMETERS=1 runs them all, and those of TOO_LARGE, which takes some ten minutes for each architecture.

@@ -79,8 +79,8 @@ MUTATIONS = (
         *(
             "no barrier after the table of dequantize",
             "dequantize.cu",
-            "    block_barrier();\n",
-            "",
+            "block_barrier();  // the table;",
+            "// the table;",
             dequantize,
             RaceError,
         ),
@@ -105,11 +105,11 @@ MUTATIONS = (
     ),
     Mutation(
         *("no bounds check in quantize", "quantize.cu"),
-        *("if (first + 8 <= count) {", "if (first < count) {", quantize(64, 301), MemoryFault),
+        *("bool whole = base + tile <= count;", "bool whole = base < count;", quantize(64, 301), MemoryFault),
     ),
     Mutation(
-        *("a load past the end of x", "blocks.h", "if (aligned && first + 8 <= count) {"),
-        *("if (aligned && first < count) {", quantize(64, 301), MemoryFault),
+        *("a load past the end of x", "quantize.cu", "count, aligned && base + tile <= count);"),
+        *("count, aligned);", quantize(64, 301), MemoryFault),
     ),
     Mutation(
         *("a part of the table left out: LDS that nobody wrote", "dequantize.cu"),

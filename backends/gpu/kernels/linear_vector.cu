@@ -61,6 +61,7 @@ linear_vector(const void* x, const u8* packed, const void* absmax, const float* 
     block_barrier();
 
     const u32 lane = threadIdx.x % FB_WAVE, wave = threadIdx.x / FB_WAVE;
+    const u32 last = per_lane((u32)m - 1);
     const Pair* mine = table + lane % COPIES;
     for (i64 tile = (i64)blockIdx.x * WAVES + wave; tile * ROWS < n; tile += (i64)gridDim.x * WAVES) {
         const i64 top = tile * ROWS;
@@ -82,7 +83,7 @@ linear_vector(const void* x, const u8* packed, const void* absmax, const float* 
 #pragma unroll
             for (int i = 0; i < M; ++i) {
                 float v[8];
-                load8(x, (i < m ? i : m - 1) * k + at, v);  // past the end the last row again, not stored
+                load8(x, (i < last ? i : last) * k + at, v);  // past the end the last row again, not stored
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) {
                     float sum = w[r][0] * v[0];
@@ -92,6 +93,7 @@ linear_vector(const void* x, const u8* packed, const void* absmax, const float* 
                 }
             }
         }
+        const u32 here = per_lane(lane);  // or a mask for each of the comparisons below would live through the loop
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -99,7 +101,7 @@ linear_vector(const void* x, const u8* packed, const void* absmax, const float* 
                 float sum = sums[r][i];
 #pragma unroll
                 for (int mask = FB_WAVE / 2; mask > 0; mask /= 2) sum += float_of(shuffle_xor(bits_of(sum), mask));
-                if (lane == (r * M + i) % FB_WAVE && i < m && top + r < n) {
+                if (here == (r * M + i) % FB_WAVE && i < m && top + r < n) {
                     if (bias) sum += load1(bias, top + r);
                     store1(y, i * n + top + r, sum);
                 }
