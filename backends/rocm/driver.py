@@ -138,7 +138,7 @@ def _props(index: int, where: Target) -> DeviceProps:
         l2_bytes=torch_props.L2_cache_size,
         shared_per_block=65536,  # LDS of a workgroup on every architecture served, but for CDNA 4's 160 KB
         shared_per_sm=getattr(torch_props, "shared_memory_per_multiprocessor", 65536),
-        regs_per_sm=torch_props.regs_per_multiprocessor,
+        regs_per_sm=getattr(torch_props, "regs_per_multiprocessor", 131072),
         max_threads_per_sm=torch_props.max_threads_per_multi_processor,
         warp_size=torch_props.warp_size,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 
@@ -59,8 +60,6 @@ class Thinned:
 @pytest.mark.parametrize("arch", ("gfx90a", "gfx1030"))
 @pytest.mark.parametrize("module", MODULES)
 def test_conformance(module, arch, device, tmp_path, monkeypatch):
-    import os
-
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     most = None if os.environ.get("FOURBIT_ALL_PARAMETERS") == "1" else PARAMETERS
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
