@@ -56,19 +56,22 @@ def prepare() -> None:
         os.environ["ROCM_PATH"] = wanted
 
 
+def _modules() -> tuple[Any, Any]:
+    # submodules in hip-python 7 and attributes in 10; as Any, since their functions have no types
+    package: Any = __import__("hip", fromlist=("hip", "hiprtc"))
+    return package.hip, package.hiprtc
+
+
 def bindings() -> tuple[Any, Any]:
     """hip-python's modules `(hip, hiprtc)` over torch's libraries. Raises ImportError and RuntimeError."""
     global _prepared
     if _prepared:
-        from hip import hip, hiprtc
-
-        return hip, hiprtc
+        return _modules()
     with _lock:
         before = os.environ.get("ROCM_PATH")
         prepare()
         try:
-            from hip import hip, hiprtc
-
+            hip, hiprtc = _modules()
             hip.hipRuntimeGetVersion()  # opens the libraries: hip-python is lazy
             hiprtc.hiprtcVersion()
         finally:
