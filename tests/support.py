@@ -20,6 +20,16 @@ def skip_or_fail(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def skip_without_device(reason: str) -> NoReturn:
+    """Skip a test that needs a GPU, or fail where FOURBIT_REQUIRE_DEVICE=1 says that the machine has one.
+
+    Not skip_or_fail: continuous integration installs every package, but has no GPU.
+    """
+    if os.environ.get("FOURBIT_REQUIRE_DEVICE") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def installed(name: str) -> bool:
     """Whether the distribution `name` is installed.
 

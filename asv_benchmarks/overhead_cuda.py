@@ -1,0 +1,109 @@
+"""Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls.
+
+    python asv_benchmarks/overhead_cuda.py
+
+Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved. "To the launch" is the
+time from the call to the entry of cuLaunchKernelEx, measured by a stand-in for that function: without the driver's
+own part. The layers are small, so that the GPU is never waited for.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from statistics import median
+
+import torch
+from benchmarks.measure import microseconds
+
+import fourbit
+from fourbit.backends.cuda.driver import launcher
+
+SIZE = 256
+
+
+def bitsandbytes_call(plain: torch.nn.Linear, x: torch.Tensor):
+    """A call of bitsandbytes' Linear4bit, or None if it is not installed."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        return None
+    module = bnb.nn.Linear4bit(SIZE, SIZE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    module.weight = bnb.nn.Params4bit(plain.weight.detach().cpu().clone(), requires_grad=False, quant_type="nf4")
+    module = module.to("cuda").eval()
+    return lambda: module(x)
+
+
+def synchronized(call):
+    """`call`, with the queue drained every 64 calls, so that no call waits for room in it."""
+    count = 0
+
+    def run():
+        nonlocal count
+        count += 1
+        if count % 64 == 0:
+            torch.cuda.synchronize()
+        return call()
+
+    return run
+
+
+def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -> float:
+    """Median microseconds from the call of `layer` to the entry of the driver's launch function."""
+    layer(x)
+    times: list[int] = []
+
+    def entered(*_: object) -> int:
+        times.append(time.perf_counter_ns())
+        return 0
+
+    kernels = launcher(torch.cuda.current_device()).loaded()
+    kept = [kernel._launch for kernel in kernels]
+    for kernel in kernels:
+        kernel._launch = entered
+    samples = []
+    try:
+        for _ in range(rounds):
+            times.clear()
+            start = time.perf_counter_ns()
+            layer(x)
+            samples.append((times[-1] - start) / 1e3)
+    finally:
+        for kernel, function in zip(kernels, kept, strict=True):
+            kernel._launch = function
+    return median(samples)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device="cuda")
+    layer = fourbit.nn.Linear4bit.from_linear(plain)
+    double = fourbit.nn.Linear4bit.from_linear(plain, fourbit.QuantConfig(double_quant=True))
+    x = torch.randn(1, SIZE, dtype=torch.bfloat16, device="cuda")
+    packed, state = layer.quant_state()
+    calls = {
+        "torch nn.Linear": lambda: plain(x),
+        "fourbit Linear4bit": lambda: layer(x),
+        "fourbit Linear4bit, double-quantized": lambda: double(x),
+        "fourbit.linear_4bit": lambda: fourbit.linear_4bit(x, packed, state),
+        "torch.empty": lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda"),
+    }
+    peer = bitsandbytes_call(plain, x)
+    if peer is None:
+        print("bitsandbytes is not installed, so it is not in the table")
+    else:
+        calls["bitsandbytes Linear4bit"] = peer
+    found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=31)
+    print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
+    print("host time of a whole call:")
+    for name, value in found.items():
+        print(f"  {name:40} {value:6.1f} us   {value / found['torch nn.Linear']:.2f} of torch's nn.Linear")
+    print("from the call to the driver's launch:")
+    print(f"  {'fourbit Linear4bit':40} {to_the_launch(layer, x):6.1f} us")
+    print(f"  {'fourbit Linear4bit, double-quantized':40} {to_the_launch(double, x):6.1f} us")
+
+
+if __name__ == "__main__":
+    main()

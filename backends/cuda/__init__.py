@@ -1,0 +1,137 @@
+"""The CUDA backend: kernels compiled at run time by NVRTC, launched through the driver on torch's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
+from fourbit.backends.gpu.backend import GpuBackend
+from fourbit.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from fourbit.backends.gpu.launcher import Launcher
+
+OLDEST_ARCH = 75
+"""Compute capability times ten of the oldest GPUs served (Turing)."""
+
+Optional = Tensor | None
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+
+
+class CudaBackend(GpuBackend):
+    """NVIDIA GPUs from compute capability 7.5 on."""
+
+    api_version = 1
+    name = "cuda"
+    device_types = ("cuda",)
+
+    def unavailable(self) -> str | None:
+        from fourbit.backends.cuda.requirements import missing
+
+        return missing()
+
+    def supports(self, query: OpQuery) -> Support:
+        major, minor = torch.cuda.get_device_capability(query.device)
+        if major * 10 + minor < OLDEST_ARCH:
+            name = torch.cuda.get_device_name(query.device)
+            return Support.no(f"{name} has compute capability {major}.{minor}, and 7.5 is the least")
+        return SUPPORTED
+
+    def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
+        from fourbit.backends.cuda import compiler
+        from fourbit.backends.gpu import linear
+
+        if query.op in COMPOSITIONS and getattr(CudaBackend, query.op) is getattr(Backend, query.op):
+            return f"composed: {COMPOSITIONS[query.op]}"
+        props = self._launcher(query.device).props
+        where = compiler.target(props.arch)
+        how = f"NVRTC {compiler.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
+        if query.op in ("linear_4bit", "linear_4bit_grad"):
+            plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.double_quant, tuple(shape))
+            return f"{plan} ({how})"
+        if query.op == "grouped_linear_4bit":
+            return f"all experts in one launch for few rows an expert, else expert by expert ({how})"
+        return f"one kernel of its own ({how})"
+
+    def _new_launcher(self, index: int) -> Launcher:
+        from fourbit.backends.cuda.driver import launcher
+        from fourbit.backends.gpu import linear
+
+        self._linear = linear.linear
+        return launcher(index)
+
+    # ---- products -------------------------------------------------------------------------------------------
+
+    def linear_4bit(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        out_features: int,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+        bias: Optional = None,
+    ) -> Tensor:
+        # the hot path: as little as possible between the op and the launch
+        index = x.device.index
+        launcher = self._launchers.get(index)
+        nested = (nested_absmax, nested_code, nested_offset)
+        if launcher is not None and _current_device() == index:
+            return self._linear(launcher, x, packed, absmax, code, blocksize, out_features, *nested, bias)
+        self._launcher(x.device)
+        args = (x, packed, absmax, code, blocksize, out_features, *nested, bias)
+        result: Tensor = self._run(self._linear, x.device, *args)
+        return result
+
+    def linear_4bit_grad(
+        self,
+        grad: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        in_features: int,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+    ) -> Tensor:
+        from fourbit.backends.gpu import linear
+
+        nested = (nested_absmax, nested_code, nested_offset)
+        weight = (packed, absmax, code, blocksize, in_features)
+        result: Tensor = self._run(linear.linear_grad, grad.device, grad, *weight, *nested)
+        return result
+
+    def grouped_linear_4bit(
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        out_features: int,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+    ) -> Tensor:
+        from fourbit.backends.gpu import linear
+
+        nested = (nested_absmax, nested_code, nested_offset)
+        args: tuple[Any, ...] = (x, offsets, packed, absmax, code, blocksize, out_features, *nested)
+        result: Tensor | None = self._run(linear.grouped, x.device, *args)
+        return super().grouped_linear_4bit(*args) if result is None else result
+
+
+@hookimpl
+def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
+    """Register the CUDA backend; under ROCm, whose device type is "cuda" too, the rocm backend serves."""
+    if torch.version.hip is None:
+        register(CudaBackend())

@@ -1,0 +1,259 @@
+"""The CUDA driver through cuda-python: modules and kernels of a device, launched on torch's current stream.
+
+All but the launch goes through cuda.bindings. The launch itself is cuLaunchKernelEx called by ctypes on one
+buffer that holds the launch configuration and the parameters, packed by one struct call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fourbit.backends.cuda import compiler
+from fourbit.backends.gpu.device import DeviceProps
+from fourbit.backends.gpu.launcher import Grid, Kernel, Launcher, LaunchError
+from fourbit.backends.gpu.spec import KernelSpec
+
+_CONFIG = "7I4xQQI4x"
+"""CUlaunchConfig: grid x y z, block x y z, shared bytes, stream, attributes, their number."""
+
+_CONFIG_BYTES = struct.calcsize(_CONFIG)
+_PDL_ATTRIBUTE = struct.pack("<I4xI60x", 6, 1)
+"""CUlaunchAttribute: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1."""
+
+_DEFAULT_SHARED = 48 << 10
+"""Dynamic shared memory that a kernel may have without opting in."""
+
+_INVALID_CONTEXT = 201
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
+
+
+def check(result: Any, what: str) -> Any:
+    """The values of a cuda.bindings call without its error code. Raises LaunchError, naming `what`."""
+    error, *values = result
+    if int(error):
+        raise LaunchError(f"{what}: {describe_error(int(error))}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def describe_error(code: int) -> str:
+    """A driver error's name and text."""
+    from cuda.bindings import driver
+
+    error = driver.CUresult(code) if code in driver.CUresult.__members__.values() else None
+    if error is None:
+        return f"driver error {code}"
+    _, name = driver.cuGetErrorName(error)
+    _, text = driver.cuGetErrorString(error)
+    parts = [part.decode() if isinstance(part, bytes) else str(part) for part in (name, text)]
+    return f"{parts[0]} ({code}): {parts[1]}"
+
+
+def driver_version() -> tuple[int, int]:
+    """The newest CUDA version that the driver supports. Raises if there is no driver."""
+    from cuda.bindings import driver
+
+    number = int(check(driver.cuDriverGetVersion(), "cuDriverGetVersion"))
+    return number // 1000, number % 1000 // 10
+
+
+class _Buffers:
+    """Launch buffers for kernels of `count` parameters: configuration, parameters, and pointers to these.
+
+    A launch takes one out of the list and puts it back, so that threads never share one: the driver copies the
+    parameters before the call returns.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.format = struct.Struct(f"{_CONFIG}{count}Q")
+        self.count = count
+        self.free: list[tuple[Any, int, int, Any]] = []
+
+    def new(self) -> tuple[Any, int, int, Any]:
+        """`(memory, its address, address of the parameter pointers, what keeps these alive)`."""
+        memory = ctypes.create_string_buffer(self.format.size)
+        address = ctypes.addressof(memory)
+        pointers = (ctypes.c_void_p * max(self.count, 1))(
+            *(address + _CONFIG_BYTES + 8 * i for i in range(self.count)),
+        )
+        return memory, address, ctypes.addressof(pointers), pointers
+
+
+_buffers: dict[int, _Buffers] = {}
+
+
+class CudaKernel(Kernel):
+    """A kernel in one device's context."""
+
+    def __init__(self, spec: KernelSpec, function: Any, launcher: CudaLauncher, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self.spec = spec
+        self._function = function
+        self._handle = int(function)
+        self._launcher = launcher
+        self._index = launcher.props.index
+        self._launch = launcher.launch_function
+        self._pdl = launcher.pdl_address
+        attribute = driver.CUfunction_attribute
+        # asking for attributes also makes a lazily loading driver load the kernel now rather than at the launch
+        self.registers = self._attribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS)
+        self.local_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
+        self.static_shared_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+        if shared_bytes + self.static_shared_bytes > _DEFAULT_SHARED:
+            what = f"kernel {spec.label()}: {shared_bytes} bytes of dynamic shared memory"
+            most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuFuncSetAttribute(function, most, shared_bytes), what)
+
+    def _attribute(self, which: Any) -> int:
+        from cuda.bindings import driver
+
+        return int(check(driver.cuFuncGetAttribute(which, self._function), f"kernel {self.spec.label()}"))
+
+    def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
+        from cuda.bindings import driver
+
+        result = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
+        return int(check(result, f"occupancy of kernel {self.spec.label()}"))
+
+    def launch(
+        self, grid: Grid, threads: int, shared_bytes: int, args: Sequence[int], overlapping: bool = False
+    ) -> None:
+        """As `Kernel.launch`. `overlapping` sets programmatic stream serialization (sm_90 and newer): the kernel
+        may start before the one before it ends, and must wait for it itself (griddepcontrol.wait)."""
+        count = len(args)
+        buffers = _buffers.get(count)
+        if buffers is None:
+            buffers = _buffers.setdefault(count, _Buffers(count))
+        try:
+            buffer = buffers.free.pop()
+        except IndexError:
+            buffer = buffers.new()
+        buffers.format.pack_into(
+            *(buffer[0], 0, *grid, threads, 1, 1, shared_bytes, _raw_stream(self._index)),
+            *((self._pdl, 1) if overlapping else (0, 0)),
+            *args,
+        )
+        error = self._launch(buffer[1], self._handle, buffer[2], None)
+        if error == _INVALID_CONTEXT:  # a thread in which torch has not used this device yet
+            self._launcher.make_current()
+            error = self._launch(buffer[1], self._handle, buffer[2], None)
+        buffers.free.append(buffer)
+        if error:
+            raise LaunchError(
+                f"kernel {self.spec.label()} on {self._launcher.props.name} (cuda:{self._index}), grid {grid},"
+                f" {threads} threads, {shared_bytes} bytes of shared memory: {describe_error(error)}"
+            )
+
+
+class CudaLauncher(Launcher):
+    """The kernels of one CUDA device, in torch's (the primary) context."""
+
+    def __init__(self, index: int) -> None:
+        from cuda.bindings import driver
+
+        check(driver.cuInit(0), "cuInit")
+        torch.cuda.init()
+        device = check(driver.cuDeviceGet(index), f"device {index}")
+        # torch holds the primary context for as long as the process lives; so does this
+        self._context = check(driver.cuDevicePrimaryCtxRetain(device), f"context of device {index}")
+        super().__init__(_props(index, device))
+        # int arithmetic on void pointers: the buffers' addresses are passed as they are
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_void_p,) * 4)
+        self.launch_function = prototype(_address("cuLaunchKernelEx"))
+        self._attributes = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE))
+        self.pdl_address = ctypes.addressof(self._attributes)
+
+    def make_current(self) -> None:
+        """Make the device's primary context current in this thread, as torch does at its first call."""
+        from cuda.bindings import driver
+
+        check(driver.cuCtxSetCurrent(self._context), f"context of device {self.props.index}")
+
+    def _load(self, spec: KernelSpec, shared_bytes: int) -> CudaKernel:
+        from cuda.bindings import driver
+
+        if spec.min_arch > self.props.arch:
+            raise LaunchError(
+                f"kernel {spec.label()} needs sm_{spec.min_arch}, {self.props.name} has {self.props.arch}"
+            )
+        code, where = compiler.compiled(spec, self.props.arch)
+        with torch.cuda.device(self.props.index):
+            self.make_current()
+            what = f"kernel {spec.label()} ({where.option}) on {self.props.name}"
+            try:
+                module = check(driver.cuModuleLoadData(code), what)
+            except LaunchError as error:
+                raise LaunchError(f"{error}{_advice(where)}") from None
+            function = check(driver.cuModuleGetFunction(module, spec.name.encode()), what)
+            return CudaKernel(spec, function, self, shared_bytes)
+
+
+def _advice(where: compiler.Target) -> str:
+    """What to do where the driver does not take what NVRTC made."""
+    supported = driver_version()
+    newest = compiler.version()
+    if newest <= supported:
+        return ""
+    made = "PTX" if where.is_ptx else "code"
+    return (
+        f". NVRTC {compiler.version_text()} made {made} that the driver, for CUDA {supported[0]}.{supported[1]}, may be"
+        f' too old for: update the driver, or pip install "nvidia-cuda-nvrtc<={supported[0]}.{supported[1]}.99"'
+    )
+
+
+def _address(name: str) -> int:
+    """Address of a driver function."""
+    from cuda.bindings import driver
+
+    flags = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
+    pointer, _ = check(driver.cuGetProcAddress(name.encode(), 12000, flags), name)
+    if not pointer:
+        raise LaunchError(f"the driver has no {name}: it is older than CUDA 12")
+    return int(pointer)
+
+
+def _props(index: int, device: Any) -> DeviceProps:
+    from cuda.bindings import driver
+
+    kinds = driver.CUdevice_attribute
+
+    def ask(name: str) -> int:
+        which = getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(driver.cuDeviceGetAttribute(which, device), name))
+
+    torch_props = torch.cuda.get_device_properties(index)
+    bandwidth = 2e3 * ask("MEMORY_CLOCK_RATE") * ask("GLOBAL_MEMORY_BUS_WIDTH") / 8e9  # kHz, bits; double data rate
+    return DeviceProps(
+        index=index,
+        name=torch_props.name,
+        arch=ask("COMPUTE_CAPABILITY_MAJOR") * 10 + ask("COMPUTE_CAPABILITY_MINOR"),
+        sm_count=ask("MULTIPROCESSOR_COUNT"),
+        l2_bytes=ask("L2_CACHE_SIZE"),
+        shared_per_block=ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        shared_per_sm=ask("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
+        regs_per_sm=ask("MAX_REGISTERS_PER_MULTIPROCESSOR"),
+        max_threads_per_sm=ask("MAX_THREADS_PER_MULTIPROCESSOR"),
+        warp_size=ask("WARP_SIZE"),
+        bandwidth=bandwidth,
+    )
+
+
+_launchers: dict[int, CudaLauncher] = {}
+_launchers_lock = threading.Lock()
+
+
+def launcher(index: int) -> CudaLauncher:
+    """The launcher of device `index`; one for the life of the process."""
+    found = _launchers.get(index)
+    if found is None:
+        with _launchers_lock:
+            found = _launchers.get(index)
+            if found is None:
+                found = _launchers[index] = CudaLauncher(index)
+    return found

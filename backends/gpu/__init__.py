@@ -1,0 +1,1 @@
+"""What the cuda and rocm backends share: kernel sources, vendor shims, launch plans."""

@@ -1,0 +1,108 @@
+"""GpuBackend: the ops of the cuda and rocm backends, which differ in how kernels are compiled and launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fourbit.backend import Backend
+
+if TYPE_CHECKING:
+    from fourbit.backends.gpu.launcher import Launcher
+
+Optional = Tensor | None
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+
+
+class GpuBackend(Backend):
+    """A backend whose kernels are in `backends/gpu/kernels`. Subclasses make the Launcher of a device."""
+
+    def __init__(self) -> None:
+        self._launchers: dict[int, Launcher] = {}
+
+    def _new_launcher(self, index: int) -> Launcher:
+        """The Launcher of device `index`; called once for each."""
+        raise NotImplementedError
+
+    # ---- devices --------------------------------------------------------------------------------------------
+
+    def _launcher(self, device: torch.device) -> Launcher:
+        index = device.index if device.index is not None else _current_device()
+        found = self._launchers.get(index)
+        if found is None:
+            found = self._launchers[index] = self._new_launcher(index)
+        return found
+
+    def _run(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
+        """`function(launcher, *args)` with `device` current."""
+        launcher = self._launchers.get(device.index) or self._launcher(device)
+        if _current_device() == launcher.props.index:
+            return function(launcher, *args)
+        with torch.cuda.device(launcher.props.index):
+            return function(launcher, *args)
+
+    # ---- ops ------------------------------------------------------------------------------------------------
+
+    def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
+        from fourbit.backends.gpu import elementwise
+
+        result: tuple[Tensor, Tensor] = self._run(elementwise.quantize, w.device, w, code, blocksize, signed_scale)
+        return result
+
+    def dequantize_4bit(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+    ) -> Tensor:
+        from fourbit.backends.gpu import elementwise
+
+        nested = (nested_absmax, nested_code, nested_offset)
+        weight = (packed, absmax, code, blocksize)
+        result: Tensor = self._run(elementwise.dequantize, packed.device, *weight, shape, dtype, *nested)
+        return result
+
+    def embedding_4bit(
+        self,
+        ids: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+    ) -> Tensor:
+        from fourbit.backends.gpu import elementwise
+
+        nested = (nested_absmax, nested_code, nested_offset)
+        weight = (packed, absmax, code, blocksize, num_embeddings, embedding_dim)
+        result: Tensor = self._run(elementwise.embedding, ids.device, ids, *weight, dtype, *nested)
+        return result
+
+    def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+        from fourbit.backends.gpu import elementwise
+
+        result: tuple[Tensor, Tensor] = self._run(elementwise.quantize_blockwise, x.device, x, code, blocksize)
+        return result
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        from fourbit.backends.gpu import elementwise
+
+        args = (codes, absmax, code, blocksize, dtype)
+        result: Tensor = self._run(elementwise.dequantize_blockwise, codes.device, *args)
+        return result

@@ -1,0 +1,36 @@
+"""DeviceProps: what launch plans and kernels' choices may depend on, as plain data that a test can make up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DeviceProps:
+    """One GPU.
+
+    Attributes:
+        index: torch's device index.
+        name: as the driver reports it.
+        arch: compute capability times ten on CUDA (90 for 9.0).
+        sm_count: multiprocessors (compute units).
+        l2_bytes: second-level cache.
+        shared_per_block: shared memory that one block can have if its kernel opts in, bytes.
+        shared_per_sm: shared memory of a multiprocessor, bytes.
+        regs_per_sm: 32-bit registers of a multiprocessor.
+        max_threads_per_sm: threads that a multiprocessor holds at once.
+        warp_size: lanes of a warp (wave).
+        bandwidth: theoretical memory bandwidth, GB/s; 0 where the driver does not tell.
+    """
+
+    index: int
+    name: str
+    arch: int
+    sm_count: int
+    l2_bytes: int
+    shared_per_block: int
+    shared_per_sm: int
+    regs_per_sm: int
+    max_threads_per_sm: int
+    warp_size: int = 32
+    bandwidth: float = 0.0

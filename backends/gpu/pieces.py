@@ -1,0 +1,87 @@
+"""Products with many rows: decode a piece of the weight into a scratch matrix, let torch's matmul work on it."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import gcd
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fourbit.backends.gpu import elementwise, plan
+from fourbit.backends.gpu.launcher import Launcher
+from fourbit.backends.gpu.spec import KernelSpec
+
+Optional = Tensor | None
+Weight = tuple[Tensor, Tensor, Tensor, int, Optional, Optional, Optional]
+"""packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset"""
+
+NESTED_BLOCKSIZE = 256
+
+
+@cache
+def slice_spec(dtype: torch.dtype, nested: bool) -> KernelSpec:
+    """Kernel that decodes columns."""
+    defines = {"DTYPE": elementwise.DTYPE_CODES[dtype], "NESTED": int(nested)}
+    return KernelSpec.of("dequantize_slice.cu", "dequantize_slice", defines)
+
+
+def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Optional) -> Tensor:
+    """x [m, k] times the transposed weight [out_features, k], plus bias; rows of the weight piece by piece."""
+    packed, absmax, code, blocksize, *nested = weight
+    m, k = x.shape
+    # a piece starts with a block, and with a nested block where the scales are double-quantized
+    unit = blocksize if nested[0] is None else blocksize * NESTED_BLOCKSIZE
+    whole = unit // gcd(k, unit)
+    step = plan.piece_columns(launcher.props, m, out_features, k, x.element_size(), whole=True)
+    step = -(-step // whole) * whole
+    if step >= out_features:
+        w = elementwise.dequantize(launcher, packed, absmax, code, blocksize, (out_features, k), x.dtype, *nested)
+        return functional.linear(x, w, bias)
+    out = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
+    scratch = torch.empty(step * k, dtype=x.dtype, device=x.device)
+    for first in range(0, out_features, step):
+        rows = min(step, out_features - first)
+        w = scratch[: rows * k]
+        args = (packed, absmax, code, blocksize, (rows, k), x.dtype, *nested)
+        elementwise.dequantize(launcher, *args, out=w, first_block=first * k // blocksize)
+        part = out[:, first : first + rows]
+        if bias is None:
+            torch.mm(x, w.view(rows, k).t(), out=part)
+        else:
+            torch.addmm(bias[first : first + rows], x, w.view(rows, k).t(), out=part)
+    return out
+
+
+def linear_grad(launcher: Launcher, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
+    """grad [m, n] times the weight [n, in_features]; columns of the weight piece by piece, each result final."""
+    m, n = grad.shape
+    step = plan.piece_columns(launcher.props, m, in_features, n, grad.element_size(), whole=False)
+    scratch = torch.empty(n * step, dtype=grad.dtype, device=grad.device)
+    if step >= in_features:
+        return grad @ columns(launcher, weight, scratch, n, in_features, 0, in_features)
+    out = torch.empty(m, in_features, dtype=grad.dtype, device=grad.device)
+    for first in range(0, in_features, step):
+        width = min(step, in_features - first)
+        w = columns(launcher, weight, scratch, n, in_features, first, width)
+        torch.mm(grad, w, out=out[:, first : first + width])
+    return out
+
+
+def columns(launcher: Launcher, weight: Weight, out: Tensor, rows: int, k: int, first: int, width: int) -> Tensor:
+    """Columns first … first + width of the weight [rows, k], decoded into the start of `out`: [rows, width]."""
+    packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset = weight
+    spec = slice_spec(out.dtype, nested_absmax is not None)
+    source = packed.data_ptr()
+    aligned = source % 4 == 0 and k % 8 == 0 and first % 8 == 0 and width % 8 == 0
+    parts = -(-width // 2048)
+    args = (
+        *(source, absmax.data_ptr(), code.data_ptr(), out.data_ptr(), rows, k, first, width),
+        blocksize.bit_length() - 1,
+        *(0 if each is None else each.data_ptr() for each in (nested_absmax, nested_code, nested_offset)),
+        int(aligned),
+    )
+    blocks = min(rows, max(launcher.props.sm_count * 8 // parts, 1))
+    launcher.launch(spec, (blocks, parts, 1), 256, 0, args)
+    return out[: rows * width].view(rows, width)

@@ -1,0 +1,312 @@
+"""Launch plans of the 4-bit products: which kernel, tile, split and ring for one shape on one device.
+
+Everything follows from `DeviceProps` and the shape through a small model of time, so no card's constants are
+needed and a plan can be tested without a GPU. `Plan.text` says in words what was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fourbit.backends.gpu.device import DeviceProps
+from fourbit.backends.gpu.spec import KernelSpec
+
+MIN_ARCH = 80
+"""From this compute capability on there are 16-byte asynchronous copies and bfloat16 products."""
+
+CLUSTER_ARCH = 90
+"""From this one on blocks can form a cluster."""
+
+WGMMA_ARCH = 90
+"""The one that has wgmma; later ones replaced it."""
+
+WIDE_BYTES = 200 << 10
+"""Shared memory from which the wide layout of the decoding table pays."""
+
+FUSED_ROWS = 64
+"""Rows of x that one pass of the fused kernel takes at most."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Compile-time choices of linear_mma.cu.
+
+    Attributes:
+        rt: m16 tiles of the weight's rows per warp.
+        nt: n8 tiles of x's rows.
+        wr: warps side by side over the weight's rows.
+        wk: warps that share rows and split the inner dimension.
+        kw: elements of a row that a warp takes at a time.
+        stages: slots of each warp's ring.
+        split: blocks of a cluster that share rows and split the inner dimension.
+        resident: whether all of x stays in shared memory.
+        wgmma: whether groups of four warps multiply on sm_90a's asynchronous unit.
+        wide: whether the decoding table has the wide layout.
+    """
+
+    rt: int
+    nt: int
+    wr: int
+    wk: int
+    kw: int
+    stages: int
+    split: int
+    resident: bool
+    wgmma: bool = False
+    wide: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.wr * self.wk
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight that a block works on at a time."""
+        return 16 * self.rt * self.wr
+
+    @property
+    def slice(self) -> int:
+        """Elements of a row that the block's warps take side by side."""
+        return self.wk * self.kw
+
+    @property
+    def columns(self) -> int:
+        """Rows of x that a block takes at a time."""
+        return 8 * self.nt
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product as plans see it: x [m, k], weight [n, k], `experts` of them."""
+
+    m: int
+    n: int
+    k: int
+    dtype: int
+    blocksize: int
+    nested: bool
+    experts: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to launch one product.
+
+    Attributes:
+        spec: the kernel.
+        grid: blocks.
+        threads: of a block.
+        shared_bytes: dynamic shared memory of a block.
+        range_rows: rows of the weight that a block owns.
+        pass_rows: of those, how many it works on at a time.
+        arrange: the kernel that lays x out first, if the plan needs one, and the bytes of its result.
+        text: what was chosen and why, one line.
+    """
+
+    spec: KernelSpec
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    range_rows: int
+    pass_rows: int
+    arrange: tuple[KernelSpec, int] | None
+    text: str
+
+
+def fits_fused(props: DeviceProps, shape: Shape) -> bool:
+    """Whether the fused kernel can take the shape at all; alignment of the tensors is the caller's to check."""
+    return (
+        props.arch >= MIN_ARCH
+        and shape.dtype != 0
+        and shape.k % 64 == 0
+        and shape.k % shape.blocksize == 0
+        and max(shape.experts, 1) * shape.n * shape.k // shape.blocksize < 1 << 31
+        and shape.m < 1 << 31
+    )
+
+
+def shared_bytes(shape: Shape, tile: Tile) -> int:
+    """Dynamic shared memory of linear_mma.cu, in bytes: the layout of ring.h."""
+    rows, warps = 16 * tile.rt, tile.wr * tile.wk
+    even = shape.k % tile.kw == 0
+    scales = max(1, tile.kw // shape.blocksize)
+    everyone = warps * rows
+    if tile.wide:
+        inside = 256 // everyone
+        table, ring = 256 * 256, -(-max(tile.stages - inside, 0) // 2) * everyone * 256
+    else:
+        table, ring = 256 * 128, tile.stages * everyone * tile.kw // 2
+    side = rows * scales * 4
+    if shape.nested:
+        words = (scales + 3) // 4 if even else (scales + 6) // 4
+        side += 4 * (words + (1 if even or scales == 1 else 2)) * rows
+    x_at = table + ring + tile.stages * warps * side + (1024 if shape.nested else 0) + 64
+    sums = tile.wk * tile.columns * (tile.rows + 4) * 4
+    if tile.resident:
+        steps = -(-steps_in_all(shape, tile) // tile.split)
+        return x_at + (2 * steps * tile.slice + 16) * min(shape.m, tile.columns) + sums
+    x_row = 2 * tile.slice + (0 if tile.wgmma else 16)
+    return x_at + max(tile.stages * tile.columns * x_row, sums)
+
+
+def steps_in_all(shape: Shape, tile: Tile) -> int:
+    """Slices of the block's warps in a row."""
+    return -(-shape.k // tile.slice)
+
+
+def geometry(props: DeviceProps, shape: Shape, tile: Tile) -> tuple[int, int, int]:
+    """`(blocks, range_rows, pass_rows)`: every block at once on the device, with nearly equal shares of the rows."""
+    tiles = -(-shape.n // 16)
+    slots = max(props.sm_count // tile.split, 1)
+    if shape.experts:
+        slots = -(-slots // min(shape.experts, max(shape.m, 1)))
+    share = -(-tiles // slots)
+    passes = -(-share * 16 // tile.rows)
+    return -(-tiles // share) * tile.split, share * 16, -(-share // passes) * 16
+
+
+def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
+    """Tiles that fit the device, in the order of preference among equals."""
+    per_expert = -(-shape.m // shape.experts) if shape.experts else shape.m
+    nt = next((nt for nt in (1, 2, 4) if per_expert <= 8 * nt), 8)
+    wide = props.shared_per_block >= WIDE_BYTES
+    splits = (1, 2) if props.arch >= CLUSTER_ARCH and not shape.experts and nt >= 2 else (1,)
+    units = (False, True) if props.arch == WGMMA_ARCH and not shape.experts and nt >= 2 else (False,)
+    places = (True, False) if nt == 1 and not shape.experts else (False,)
+    for wgmma in units:
+        for rt, wr, wk in _GROUPS if wgmma else _WARPS:
+            if not wgmma and rt * nt >= 8 and (wr * wk > 8 or rt * nt == 16 and shape.blocksize == 32):  # registers
+                continue
+            for kw in (256,) if wide else (256, 128, 64):
+                for stages in (3, 4, 2):
+                    for split in splits:
+                        for resident in places:
+                            tile = Tile(rt, nt, wr, wk, kw, stages, split, resident, wgmma, wide)
+                            fits = shared_bytes(shape, tile) <= props.shared_per_block
+                            if fits and split <= steps_in_all(shape, tile):
+                                yield tile
+
+
+_WARPS = (
+    *((1, 4, 4), (2, 2, 4), (1, 2, 8), (1, 8, 2), (1, 7, 2), (1, 2, 4), (1, 4, 2), (2, 4, 2), (2, 1, 8), (2, 7, 1)),
+    (2, 2, 2),
+)
+"""(rt, wr, wk) worth trying: 4 to 16 warps."""
+
+_GROUPS = ((1, 16, 1), (1, 8, 2), (1, 8, 1), (1, 4, 2), (2, 8, 1), (2, 4, 2), (1, 4, 4), (1, 4, 3))
+"""The same where four warps multiply together."""
+
+
+def cost(props: DeviceProps, shape: Shape, tile: Tile) -> float:
+    """Estimated microseconds; right in its comparisons more than in its values."""
+    _, range_rows, pass_rows = geometry(props, shape, tile)
+    passes = -(-range_rows // pass_rows)
+    steps = -(-steps_in_all(shape, tile) // tile.split)
+    bandwidth = (props.bandwidth or 15.0 * props.sm_count) * 850.0  # bytes per microsecond that can be reached
+    per_sm = bandwidth / props.sm_count
+    # what the most loaded block moves from memory, and x from the second-level cache, about twice as fast
+    weight = range_rows * steps * tile.slice * (0.5 + (1 if shape.nested else 4) / shape.blocksize)
+    columns = min(shape.m, tile.columns)
+    x_reads = (1 if tile.resident else passes) * steps * tile.slice * 2 * columns
+    memory = (weight + 0.4 * x_reads) / per_sm
+    # cycles for 1024 weights, as counted in the machine code and seen in measurements
+    if tile.wgmma:
+        cycles = 45.0 + 5.0 * tile.nt
+    else:
+        cycles = 33.0 + (4.0 if shape.m <= 4 else 8.0 + 2.0 * tile.nt) * tile.nt / tile.rt
+    if tile.wr * tile.wk * tile.rt < 16:
+        cycles *= 1.12  # too few independent chains to hide all waits
+    if not tile.wide:
+        cycles += 16.0
+    compute = passes * steps * tile.rows * tile.slice / 1024 * cycles / 1750.0
+    compute *= max(range_rows / (passes * tile.rows), 0.6)  # idle warps leave their share to the others
+    fixed = 0.3 * passes + 0.4 * tile.resident + (0.0 if tile.resident else 0.04 * passes * steps)
+    fixed += 0.5 * (tile.split > 1) + 1.2 * tile.wgmma + 0.1 * (tile.wk > 4)
+    if tile.stages < 3:
+        fixed += 0.3
+    return max(memory, compute) + 0.3 * min(memory, compute) + fixed
+
+
+@lru_cache(maxsize=4096)
+def plan_linear(props: DeviceProps, shape: Shape) -> Plan | None:
+    """The plan of the fused kernel for a shape, or None where it cannot run."""
+    if not fits_fused(props, shape):
+        return None
+    best = min(candidates(props, shape), key=lambda tile: cost(props, shape, tile), default=None)
+    return None if best is None else make_plan(props, shape, best)
+
+
+def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
+    """The plan for one tile."""
+    blocks, range_rows, pass_rows = geometry(props, shape, tile)
+    spec = KernelSpec.of(
+        "linear_mma.cu",
+        "linear_mma",
+        {
+            "DTYPE": shape.dtype,
+            "BLOCKSIZE": shape.blocksize,
+            "NESTED": int(shape.nested),
+            "RT": tile.rt,
+            "NT": tile.nt,
+            "WR": tile.wr,
+            "WK": tile.wk,
+            "KW": tile.kw,
+            "STAGES": tile.stages,
+            "SPLIT": tile.split,
+            "RESIDENT": int(tile.resident),
+            "EVEN": int(shape.k % tile.kw == 0),
+            "GROUPED": int(shape.experts > 0),
+            "WGMMA": int(tile.wgmma),
+            "WIDE": int(tile.wide),
+        },
+        min_arch=MIN_ARCH,
+        arch_specific=tile.wgmma,
+    )
+    layers = shape.experts or -(-shape.m // tile.columns)
+    arrange = None
+    if tile.wgmma:
+        defines = {"BLOCKSIZE": shape.blocksize, "COLUMNS": tile.columns, "DTYPE": shape.dtype}
+        padded = -(-shape.k // tile.kw) * tile.kw
+        arrange = (
+            KernelSpec.of("arrange_x.cu", "arrange_x", defines, min_arch=MIN_ARCH),
+            layers * tile.columns * padded * 2,
+        )
+    text = (
+        f"fused decode and {'wgmma' if tile.wgmma else 'mma'}: {blocks * layers} blocks of {tile.threads} threads"
+        f" on {props.sm_count} multiprocessors, {range_rows} rows each in passes of {pass_rows},"
+        f" K split over {tile.wk * tile.split} (warps {tile.wk}, cluster {tile.split}),"
+        f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory,"
+        f" ring of {tile.stages} x {tile.kw}"
+    )
+    used = shared_bytes(shape, tile)
+    return Plan(spec, (blocks, layers, 1), tile.threads, used, range_rows, pass_rows, arrange, text)
+
+
+# ---- decode a piece, then torch's matmul ----------------------------------------------------------------------
+
+FUSED_PASSES = 2
+"""Passes of FUSED_ROWS rows up to which decoding again costs less than writing 16-bit weights to memory."""
+
+
+def use_fused(shape: Shape) -> bool:
+    """Whether so few rows of x are better served by the fused kernel."""
+    return shape.m <= FUSED_ROWS * FUSED_PASSES
+
+
+def piece_columns(props: DeviceProps, m: int, columns: int, inner: int, itemsize: int, *, whole: bool) -> int:
+    """How many of `columns` output columns to decode at a time, `inner` weights each.
+
+    A piece should stay in the second-level cache, but be wide enough for matmul to fill the device; with
+    `whole` False never more than half of the columns of a weight that is larger than a cache.
+    """
+    cached = props.l2_bytes // 2 // (inner * itemsize)
+    filled = 2 * props.sm_count * 128 * 128 // max(m, 1)
+    width = max(cached, filled, 128)
+    if not whole and columns * inner * itemsize > props.l2_bytes:
+        width = min(width, -(-columns // 2))
+    width = -(-width // 128) * 128
+    pieces = -(-columns // width)
+    return min(columns, -(-columns // pieces // 128) * 128)

@@ -1,0 +1,186 @@
+// A block's shared memory: the table that decodes bytes, and each warp's ring of slices of the 4-bit weight.
+//
+// Defines: see linear_mma.cu. Offsets are absolute in the block's window, whose dynamic part starts at SHARED_BASE.
+#pragma once
+#include "matrix.h"
+
+#define WARPS (WR * WK)
+#define THREADS (32 * WARPS)
+#define ROWS (16 * RT)                                // of a warp
+#define BLOCK_ROWS (ROWS * WR)
+#define COLUMNS (8 * NT)                              // rows of x at a time
+#define ROW_BYTES (KW / 2)                            // of a slice
+#define PIECES (KW / 32)                              // of 16 bytes in it
+#define SCALES (KW > BLOCKSIZE ? KW / BLOCKSIZE : 1)  // of a row's slice
+#define PARTS (BLOCKSIZE == 32 ? 2 : 1)               // scales in 64 elements
+#define SLICE (WK * KW)                               // elements that the block's warps take side by side
+
+// Where a row's scale codes do not begin at a word, they and their nested scales take one more.
+#define WORDS (EVEN ? (SCALES + 3) / 4 : (SCALES + 6) / 4)
+#define NESTED_WORDS (EVEN || SCALES == 1 ? 1 : 2)
+
+// Whether lanes decode the scales they need when they need them; otherwise a warp decodes its slice's together, first.
+#define DIRECT (NESTED && EVEN && SCALES == 4 && PARTS == 1 && !(WARPS > 8 && NT >= 8))  // registers
+
+// WIDE: the table's entries are 256 bytes apart, so that one byte permutation makes an address; rows of the ring take
+// the other halves of these 256 bytes, and go on in pairs of stages behind the table.
+#define ENTRY_BYTES (WIDE ? 256 : 128)
+#define ROW_STRIDE (WIDE ? 256 : ROW_BYTES)
+#define ALL_ROWS (WARPS * ROWS)
+#define INSIDE (WIDE ? 256 / ALL_ROWS : 0)            // stages that lie in the table
+#define OUTSIDE_BYTES (WIDE ? (STAGES - INSIDE + 1) / 2 * ALL_ROWS * 256 : STAGES * ALL_ROWS * ROW_BYTES)
+
+#define TABLE_AT SHARED_BASE
+#define RING_AT (TABLE_AT + 256 * ENTRY_BYTES)
+#define SCALES_AT (RING_AT + OUTSIDE_BYTES)
+#define SCALE_BYTES (ROWS * SCALES * 4)
+#define SIDE_BYTES (SCALE_BYTES + (NESTED ? 4 * (WORDS + NESTED_WORDS) * ROWS : 0))  // of a warp's slot, beside the rows
+#define CODES_AT (SCALES_AT + STAGES * WARPS * SIDE_BYTES)
+#define BARRIERS_AT (CODES_AT + (NESTED ? 1024 : 0))
+#define X_AT (BARRIERS_AT + 64)
+
+struct Weight {
+    const u8* packed;
+    const void* absmax;
+    const float* nested_absmax;
+    u32 k, row_scales, blocks;  // row_scales: of a row; blocks: scales in all
+};
+
+// A warp's place for one slice.
+struct Slot {
+    u32 rows, scales;
+};
+FB_DEVICE Slot slot_of(u32 window, u32 stage, u32 warp) {
+    u32 at;
+#if WIDE
+    if (stage < INSIDE) at = TABLE_AT + 128 + stage * (ALL_ROWS * 256);
+    else at = RING_AT + (stage - INSIDE) / 2 * (ALL_ROWS * 256) + (stage - INSIDE) % 2 * 128;
+#else
+    at = RING_AT + stage * (ALL_ROWS * ROW_BYTES);
+#endif
+    return Slot{window + at + warp * (ROWS * ROW_STRIDE), window + SCALES_AT + (stage * WARPS + warp) * SIDE_BYTES};
+}
+
+// Byte offset of the 16-byte piece `piece` of a row of a slice: pieces are permuted so that reads hit all banks.
+FB_DEVICE u32 piece_offset(u32 row, u32 piece) {
+    u32 swap = KW == 256 ? (row & 3) << 1 | (row >> 2 & 1)
+             : KW == 128 ? (row >> 1 & 1) << 1 | (row >> 2 & 1)
+                         : row >> 2 & 1;
+    return row * ROW_STRIDE + ((piece ^ swap) << 4);
+}
+
+// Starts the copies of one slice of a warp's rows: first … first + count - 1, at most ROWS.
+FB_DEVICE void fetch(const Weight& w, Slot slot, u32 first, u32 count, u32 k, u32 lane) {
+    const u32 lane_row = lane / PIECES, piece = lane % PIECES, half = w.k / 2;
+    const u8* from = w.packed + (u64)(first + lane_row) * half + (k / 2 + piece * 16);
+#pragma unroll
+    for (u32 i = 0; i < ROWS * PIECES / 32; ++i) {
+        const u32 row = i * (32 / PIECES);
+        // what a whole group of rows adds to the place does not depend on the lane
+        u32 to = slot.rows + (PIECES == 8 ? (piece_offset(lane_row, piece) ^ (i % 2 << 4)) + row * ROW_STRIDE
+                                          : piece_offset(row + lane_row, piece));
+#if EVEN
+        if (row + lane_row < count) copy16(to, from);
+#else
+        if (row + lane_row < count) copy16(to, from, k + piece * 32 < w.k ? 16 : 0);
+#endif
+        from += (u64)(32 / PIECES) * half;
+    }
+#if NESTED
+    const u32 codes = slot.scales + SCALE_BYTES, nested = codes + 4 * WORDS * ROWS;
+#pragma unroll
+    for (u32 i = 0; i < (ROWS * WORDS + 31) / 32; ++i) {
+        u32 at = i * 32 + lane, row = at / WORDS;
+        if (at < ROWS * WORDS && row < count) {
+            u32 byte = (((first + row) * w.row_scales + k / BLOCKSIZE) & ~3u) + 4 * (at % WORDS);
+            // what lies past the end is never asked for, but an address must be valid
+            bool inside = byte < w.blocks;
+            u32 left = inside ? w.blocks - byte : 0;
+            copy4(codes + 4 * at, (const u8*)w.absmax + (inside ? byte : 0), left < 4 ? left : 4);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < (ROWS * NESTED_WORDS + 31) / 32; ++i) {
+        // the upper half of the warp, where one half is enough for this and for the codes
+        u32 at = i * 32 + (ROWS * NESTED_WORDS == 16 ? lane ^ 16 : lane), row = at / NESTED_WORDS;
+        if (at < ROWS * NESTED_WORDS && row < count) {
+            u32 entry = (((first + row) * w.row_scales + k / BLOCKSIZE) >> 8) + at % NESTED_WORDS;
+            u32 last = (w.blocks - 1) >> 8;
+            copy4(nested + 4 * at, w.nested_absmax + (entry < last ? entry : last), 4);
+        }
+    }
+#elif EVEN && SCALES >= 2
+    const u32 width = SCALES * 4 >= 16 ? 16 : 8, copies = SCALES * 4 / width;
+#pragma unroll
+    for (u32 i = 0; i < (ROWS * copies + 31) / 32; ++i) {
+        u32 at = i * 32 + lane, row = at / copies;
+        if (at < ROWS * copies && row < count) {
+            u32 index = (first + row) * w.row_scales + k / BLOCKSIZE + at % copies * (width / 4);
+            if (width == 16) copy16(slot.scales + at * width, (const float*)w.absmax + index);
+            else copy8(slot.scales + at * width, (const float*)w.absmax + index);
+        }
+    }
+#else
+#pragma unroll
+    for (u32 i = 0; i < (ROWS * SCALES + 31) / 32; ++i) {
+        u32 at = i * 32 + lane, row = at / SCALES, part = at % SCALES;
+        if (at < ROWS * SCALES && row < count) {
+            u32 index = (first + row) * w.row_scales + k / BLOCKSIZE + part;
+            bool inside = k + part * BLOCKSIZE < w.k;
+            copy4(slot.scales + 4 * at, (const float*)w.absmax + (inside ? index : 0), inside ? 4 : 0);
+        }
+    }
+#endif
+}
+
+// What a lane has to know to read scales.
+struct ScaleTable {
+    u32 table;  // of nested_code
+    float offset;
+};
+
+#if DIRECT
+// The codes of a row's four scales in a slice, and their nested scale.
+struct RowScales {
+    u32 codes;
+    float unit;
+};
+FB_DEVICE RowScales row_scales(Slot slot, u32 row) {
+    u32 codes = slot.scales + SCALE_BYTES;
+    return RowScales{shared_load(codes + 4 * row), float_of(shared_load(codes + 4 * ROWS + 4 * row))};
+}
+// Scale i of the four; the product is rounded before the sum, as the format says.
+FB_DEVICE float scale_of(RowScales row, u32 i, ScaleTable s) {
+    u32 at = (i == 0 ? row.codes << 2 : row.codes >> (8 * i - 2 & 31)) & 0x3fcu;
+    return add_rn(mul_rn(float_of(shared_load(s.table + at)), row.unit), s.offset);
+}
+#elif NESTED
+// Turns the codes of a slice's scales into scales; the product is rounded before the sum, as the format says.
+FB_DEVICE void decode_scales(const Weight& w, Slot slot, ScaleTable s, u32 first, u32 k, u32 lane) {
+    const u32 codes = slot.scales + SCALE_BYTES, nested = codes + 4 * WORDS * ROWS;
+#pragma unroll
+    for (u32 i = 0; i < (ROWS * SCALES + 31) / 32; ++i) {
+        u32 at = i * 32 + lane, row = at / SCALES, part = at % SCALES;
+        if (at < ROWS * SCALES) {
+            u32 index = (first + row) * w.row_scales + k / BLOCKSIZE;
+            u32 code = shared_load8(codes + 4 * WORDS * row + (EVEN && SCALES % 4 == 0 ? 0 : index & 3) + part);
+            u32 entry = NESTED_WORDS == 1 ? 0 : (index + part >> 8) - (index >> 8);
+            float unit = float_of(shared_load(nested + 4 * (NESTED_WORDS * row + entry)));
+            float scale = add_rn(mul_rn(float_of(shared_load(s.table + 4 * code)), unit), s.offset);
+            bool inside = EVEN || k + part * BLOCKSIZE < w.k;
+            shared_store(slot.scales + 4 * at, inside ? bits_of(scale) : 0);
+        }
+    }
+    wave_barrier();
+}
+#endif
+
+// The table's entry of byte i of `word`. `lane4`: four times the lane, and the window in the upper bytes.
+FB_DEVICE u32 decode(u32 lane4, u32 word, int i) {
+#if WIDE
+    return shared_constant(permute_bytes(word, lane4, 0x7604 | i << 4));
+#else
+    u32 offset = i == 0 ? word << 7 : word >> (8 * i - 7 & 31);
+    return shared_constant((offset & 0x7f80u) | lane4);
+#endif
+}

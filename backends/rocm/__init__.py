@@ -1,0 +1,108 @@
+"""The ROCm backend: kernels compiled at run time by hipRTC, launched through HIP on torch's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
+from fourbit.backends.gpu.backend import GpuBackend
+from fourbit.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from fourbit.backends.rocm.driver import RocmLauncher
+
+Optional = Tensor | None
+
+
+class RocmBackend(GpuBackend):
+    """AMD GPUs: CDNA 2 to 4 with waves of 64 lanes, RDNA 2 to 4 with waves of 32."""
+
+    api_version = 1
+    name = "rocm"
+    device_types = ("cuda",)
+
+    def unavailable(self) -> str | None:
+        from fourbit.backends.rocm.requirements import missing
+
+        return missing()
+
+    def default_blocksize(self, device: torch.device) -> int:
+        return 128
+
+    def supports(self, query: OpQuery) -> Support:
+        from fourbit.backends.rocm.targets import UnknownArchError, target
+
+        try:
+            target(self._arch(query.device))
+        except UnknownArchError as error:
+            return Support.no(str(error))
+        return SUPPORTED
+
+    def _arch(self, device: torch.device) -> str:
+        from fourbit.backends.rocm.targets import arch_of
+
+        return arch_of(torch.cuda.get_device_properties(device).gcnArchName)
+
+    def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
+        from fourbit.backends.rocm import compiler, linear
+
+        if query.op in COMPOSITIONS and getattr(type(self), query.op) is getattr(Backend, query.op):
+            return f"composed: {COMPOSITIONS[query.op]}"
+        arch = self._arch(query.device)
+        how = f"hipRTC {compiler.version_text()}, {arch}"
+        if query.op in ("linear_4bit", "linear_4bit_grad"):
+            return f"{linear.describe(query, shape, arch)} ({how})"
+        return f"one kernel of its own ({how})"
+
+    def _new_launcher(self, index: int) -> RocmLauncher:
+        from fourbit.backends.rocm.driver import launcher
+
+        return launcher(index)
+
+    def linear_4bit(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        out_features: int,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+        bias: Optional = None,
+    ) -> Tensor:
+        from fourbit.backends.rocm import linear
+
+        weight = linear.Weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
+        result: Tensor = self._run(linear.linear, x.device, x, weight, out_features, bias)
+        return result
+
+    def linear_4bit_grad(
+        self,
+        grad: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        code: Tensor,
+        blocksize: int,
+        in_features: int,
+        nested_absmax: Optional = None,
+        nested_code: Optional = None,
+        nested_offset: Optional = None,
+    ) -> Tensor:
+        from fourbit.backends.rocm import linear
+
+        weight = linear.Weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
+        result: Tensor = self._run(linear.linear_grad, grad.device, grad, weight, in_features)
+        return result
+
+
+@hookimpl
+def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
+    """Register the ROCm backend where torch is built for ROCm, whose device type is "cuda" as well."""
+    if torch.version.hip is not None:
+        register(RocmBackend())

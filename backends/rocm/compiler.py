@@ -1,0 +1,121 @@
+"""hipRTC through hip-python: a KernelSpec to a code object for one architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fourbit import jit
+from fourbit.backends.gpu.program import program
+from fourbit.backends.gpu.spec import KernelSpec
+from fourbit.backends.rocm import codeobject, libraries
+from fourbit.backends.rocm.targets import Target, check_compiler
+
+OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=on")
+"""Beside the arch and the spec's own. Contraction in one expression only, never of mul_rn and add_rn of shim.h."""
+
+
+class CompileError(RuntimeError):
+    """hipRTC rejected a kernel; the message has the kernel's name, the options and the compiler's log.
+
+    Attributes:
+        kernel: the spec's label.
+        options: the compiler's options.
+        log: its output.
+    """
+
+    def __init__(self, kernel: str, reason: str, options: tuple[str, ...], log: str) -> None:
+        super().__init__(f"kernel {kernel} does not compile: {reason}\noptions: {' '.join(options)}\n{log}".rstrip())
+        self.kernel, self.options, self.log = kernel, options, log
+
+
+def version_text() -> str:
+    """The HIP release as "6.4"."""
+    return ".".join(map(str, libraries.hip_version()))
+
+
+def options_for(spec: KernelSpec, where: Target) -> tuple[str, ...]:
+    """All options of a compilation. The wave size is the host's to say: warpSize is no constant in newer ROCm."""
+    return (
+        *(f"--offload-arch={where.arch}", *OPTIONS),
+        *(f"-DFB_ARCH=0x{where.number:x}", f"-DFB_WAVE={where.wave}", f"-DFB_MFMA={int(where.has_mfma)}"),
+        *spec.options,
+    )
+
+
+def compiled(spec: KernelSpec, where: Target) -> bytes:
+    """The code object of `spec` for `where`, from the cache or from hipRTC, checked by `check_code`.
+
+    Raises UnknownArchError before a compiler that does not know the architecture is asked, and CompileError.
+    """
+    check_compiler(where, libraries.hip_version())
+    options = options_for(spec, where)
+    text, headers = program(spec.source)
+    name = jit.key(
+        kind="hiprtc",
+        version=str(libraries.hip_build()),
+        options=list(options),
+        source=text,
+        headers=headers,
+        kernel=spec.name,
+    )
+    code = jit.cached(name, lambda: compile_source(spec, text, headers, options))
+    check_code(spec, where, code)
+    return code
+
+
+def check_code(spec: KernelSpec, where: Target, code: bytes) -> codeobject.KernelInfo:
+    """What the code object says of the kernel, after checking that it is what was asked for.
+
+    Raises CompileError if it is for another architecture or wave size, or if a parameter is not eight bytes: the
+    launch packs them so.
+    """
+    parsed = codeobject.parse(code)
+    info = parsed.kernel(spec.name)
+    wrong = None
+    if parsed.target != where.arch:
+        wrong = f"the code object is for {parsed.target}, not {where.arch}"
+    elif info.wavefront_size != where.wave:
+        wrong = f"compiled for waves of {info.wavefront_size} lanes, {where.arch} runs {where.wave}"
+    elif any((a.size, a.offset) != (8, 8 * i) for i, a in enumerate(info.explicit_arguments)):
+        wrong = f"parameters are laid out as {[(a.offset, a.size) for a in info.explicit_arguments]}, want 8 bytes each"
+    if wrong:
+        raise CompileError(spec.label(), wrong, options_for(spec, where), "")
+    return info
+
+
+def compile_source(spec: KernelSpec, text: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
+    """Run hipRTC: a code object. Raises CompileError."""
+    _, hiprtc = libraries.bindings()
+    error, handle = hiprtc.hiprtcCreateProgram(
+        *(text.encode(), spec.source.encode(), len(headers)),
+        *([each.encode() for each in headers.values()], [name.encode() for name in headers]),
+    )
+    if int(error):
+        raise CompileError(spec.label(), _name(error), options, "")
+    try:
+        (error,) = hiprtc.hiprtcCompileProgram(handle, len(options), [option.encode() for option in options])
+        if int(error):
+            raise CompileError(spec.label(), _name(error), options, _log(hiprtc, handle))
+        error, size = hiprtc.hiprtcGetCodeSize(handle)
+        code = bytearray(size)
+        if not int(error):
+            (error,) = hiprtc.hiprtcGetCode(handle, code)
+        if int(error):
+            raise CompileError(spec.label(), _name(error), options, _log(hiprtc, handle))
+        return codeobject.unbundle(bytes(code))
+    finally:
+        hiprtc.hiprtcDestroyProgram(handle.createRef())
+
+
+def _log(hiprtc: Any, handle: Any) -> str:
+    error, size = hiprtc.hiprtcGetProgramLogSize(handle)
+    if int(error) or not size:
+        return ""
+    log = bytearray(size)
+    hiprtc.hiprtcGetProgramLog(handle, log)
+    return log.rstrip(b"\0").decode(errors="replace").strip()
+
+
+def _name(error: Any) -> str:
+    """The name of an hiprtcResult."""
+    return f"{getattr(error, 'name', error)} ({int(error)})"

@@ -1,0 +1,199 @@
+"""Every GPU kernel compiles for every architecture with NVRTC, which needs no GPU; registers, spills, shared memory."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from fourbit.backends.gpu import elementwise, plan
+from fourbit.backends.gpu.device import DeviceProps
+from fourbit.backends.gpu.pieces import slice_spec
+from fourbit.backends.gpu.program import program
+from fourbit.backends.gpu.spec import KERNELS, KernelSpec
+from fourbit.testing.inputs import BLOCKSIZES, DTYPES
+from tests import cubin
+from tests.support import skip_or_fail
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+BOOLS = (False, True)
+STATIC_SHARED = 48 << 10
+RESERVED = 1 << 10  # what sm_90 and newer keep of every block's shared memory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler():
+    """The compiler module, with an NVRTC that can be loaded."""
+    from fourbit.backends.cuda import compiler
+
+    try:
+        compiler.version()
+    except Exception as error:
+        skip_or_fail(f"NVRTC: {type(error).__name__}: {error}")
+    return compiler
+
+
+def elementwise_specs() -> list[KernelSpec]:
+    """All variants of the kernels that move elements."""
+    specs = [elementwise.quantize_spec(d, b, s) for d in DTYPES for b in BLOCKSIZES for s in BOOLS]
+    specs += [elementwise.dequantize_spec(d, nested) for d in DTYPES for nested in BOOLS]
+    specs += [slice_spec(d, nested) for d in DTYPES for nested in BOOLS]
+    specs += [elementwise.embedding_spec(d, nested, wide) for d in DTYPES for nested in BOOLS for wide in BOOLS]
+    for name in ("quantize_blockwise", "dequantize_blockwise"):
+        specs += [elementwise.blockwise_spec(name, d, b) for d in DTYPES for b in BLOCKSIZES]
+    return specs
+
+
+def props_of(arch: int) -> DeviceProps:
+    """A GPU of that arch, roughly: shared memory is what the architecture has."""
+    shared = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}[arch] << 10
+    return DeviceProps(0, f"sm_{arch}", arch, 100, 40 << 20, shared, shared + 1024, 65536, 1536, 32, 2000.0)
+
+
+def linear_specs(arch: int) -> list[KernelSpec]:
+    """What the launch plans choose on such a GPU, over shapes, numbers of rows, blocksizes and kinds of scales."""
+    found: dict[KernelSpec, None] = {}
+    for n, k in ((4096, 4096), (8192, 28672), (192, 320)):
+        for rows in (1, 5, 16, 64):
+            for dtype in DTYPES:
+                for blocksize, nested in ((64, False), (64, True), (32, False), (256, False)):
+                    shape = plan.Shape(rows, n, k, elementwise.DTYPE_CODES[dtype], blocksize, nested)
+                    chosen = plan.plan_linear(props_of(arch), shape)
+                    if chosen is not None:
+                        found[chosen.spec] = None
+                        if chosen.arrange is not None:
+                            found[chosen.arrange[0]] = None
+    return list(found)
+
+
+@cache
+def build(spec: KernelSpec, arch: int) -> cubin.Usage:
+    """Compile, without the cache on disk, and read the result; one compilation for both kernels of a source."""
+    from fourbit.backends.cuda import compiler
+
+    text, headers = program(spec.source)
+    options = compiler.options_for(spec, compiler.target(arch, spec.arch_specific))
+    code = _compile(spec.source, options, arch)
+    assert headers and text
+    return cubin.usage(code)[spec.name]
+
+
+@cache
+def _compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
+    from fourbit.backends.cuda import compiler
+
+    code = compiler.compile_source(KernelSpec(source, source), *program(source), options, False)
+    assert cubin.arch(code) == arch
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source", ("quantize.cu", "dequantize.cu", "dequantize_slice.cu", "embedding.cu", "blockwise.cu")
+)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_elementwise_kernels(arch, source):
+    """No spills, and few enough registers for three blocks of 256 threads, or one of 512, to share 65536."""
+    specs = [spec for spec in elementwise_specs() if spec.source == source]
+    assert specs
+    for spec in specs:
+        found = build(spec, arch)
+        assert found.frame_bytes == 0, f"{spec.label()} on sm_{arch} spills: {found}"
+        assert found.registers <= 80, f"{spec.label()} on sm_{arch}: {found}"
+        assert found.shared_bytes <= 8192, f"{spec.label()} on sm_{arch}: {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_linear_kernels(arch):
+    """What the plans choose fits the GPU: no spills, threads times registers, static and dynamic shared memory."""
+    props = props_of(arch)
+    specs = linear_specs(arch)
+    assert bool(specs) == (arch >= plan.MIN_ARCH)
+    for spec in specs:
+        found = build(spec, arch)
+        assert found.frame_bytes == 0, f"{spec.label()} on sm_{arch} spills: {found}"
+        assert found.registers <= 255
+        assert found.shared_bytes - RESERVED <= STATIC_SHARED <= props.shared_per_block
+
+
+def test_every_source_is_compiled_here():
+    compiled = {spec.source for spec in (*elementwise_specs(), *linear_specs(90))}
+    assert {path.name for path in KERNELS.glob("*.cu")} - compiled == set()
+
+
+def test_no_source_includes_a_system_header():
+    """Neither NVRTC's wheel nor hipRTC has any."""
+    for path in (*KERNELS.glob("*.cu"), *KERNELS.parent.glob("*.h")):
+        assert "#include <" not in path.read_text(), path.name
+
+
+def test_spills_would_be_seen(compiler):
+    """The reader of cubins finds a frame where there is one."""
+    text = """extern "C" __global__ void __launch_bounds__(1024) spill(float* p) {
+    __shared__ float s[37];
+    float x[100];
+    for (int i = 0; i < 100; i++) x[i] = p[i * 7 + threadIdx.x];
+    for (int j = 0; j < 100; j++) for (int i = 0; i < 99; i++) x[i] = x[i] * x[i + 1] + p[j];
+    float t = 0;
+    for (int i = 0; i < 100; i++) t += x[i] * i;
+    s[threadIdx.x % 37] = t;
+    __syncthreads();
+    p[0] = s[3];
+}"""
+    for arch in (75, 90):
+        options = (f"--gpu-architecture=sm_{arch}",)
+        code = compiler.compile_source(KernelSpec("spill.cu", "spill"), text, {}, options, False)
+        found = cubin.usage(code)["spill"]
+        assert found.frame_bytes > 0 and 16 <= found.registers <= 64
+        assert found.shared_bytes in (148, 148 + RESERVED)
+
+
+def test_an_error_has_the_log_the_options_and_the_name(compiler):
+    spec = KernelSpec.of("quantize.cu", "quantize_4bit", {"DTYPE": 1, "BLOCKSIZE": "oops", "SIGNED": 0})
+    text, headers = program(spec.source)
+    options = compiler.options_for(spec, compiler.target(90))
+    with pytest.raises(compiler.CompileError) as caught:
+        compiler.compile_source(spec, text, headers, options, False)
+    message = str(caught.value)
+    assert "kernel quantize_4bit[BLOCKSIZE=oops, DTYPE=1, SIGNED=0] does not compile" in message
+    assert (
+        "NVRTC_ERROR_COMPILATION" in message and "--gpu-architecture=sm_90" in message and "-DBLOCKSIZE=oops" in message
+    )
+    assert 'identifier "oops" is undefined' in message and "blocks.h" in message
+
+
+def test_target(compiler):
+    known = (75, 80, 90, 120)
+    assert compiler.target(90, known=known) == compiler.Target("sm_90", 90, False)
+    assert compiler.target(90, True, known).option == "sm_90a"
+    assert compiler.target(100, known=known) == compiler.Target("compute_90", 90, True)  # newer than this NVRTC
+    assert compiler.target(130, known=known) == compiler.Target("compute_120", 120, True)
+    with pytest.raises(RuntimeError, match="does not compile for sm_70, only for 75, 80, 90, 120"):
+        compiler.target(70, known=known)
+    with pytest.raises(RuntimeError, match="does not compile for sm_100a"):
+        compiler.target(100, True, known)
+
+
+def test_ptx_for_a_newer_arch(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("FOURBIT_CACHE_DIR", str(tmp_path))
+    code, where = compiler.compiled(elementwise.dequantize_spec(torch.bfloat16, True), 999)
+    assert where.is_ptx and b".target sm_" in code and b".entry dequantize_4bit" in code
+
+
+def test_compiled_code_is_kept_by_all_that_it_depends_on(compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("FOURBIT_CACHE_DIR", str(tmp_path))
+    spec = elementwise.dequantize_spec(torch.float16, False)
+
+    def entries() -> int:
+        return len(list((tmp_path / "jit").glob("*.code")))
+
+    first, _ = compiler.compiled(spec, 80)
+    assert compiler.compiled(spec, 80)[0] == first and entries() == 1
+    compiler.compiled(spec, 90)
+    compiler.compiled(elementwise.dequantize_spec(torch.float16, True), 80)
+    assert entries() == 3
+    monkeypatch.setattr(compiler, "version_text", lambda: "99.9")
+    compiler.compiled(spec, 80)
+    assert entries() == 4

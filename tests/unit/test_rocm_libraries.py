@@ -1,0 +1,152 @@
+"""The rocm backend's choices that need neither HIP nor a GPU: architectures, libraries, what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fourbit import registry
+from fourbit.backend import OpQuery
+from fourbit.backends import rocm
+from fourbit.backends.rocm import codeobject, libraries, linear, requirements, targets
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    (
+        ("gfx90a:sramecc+:xnack-", "gfx90a"),
+        (b"gfx942:sramecc+:xnack-", "gfx942"),
+        ("gfx1100", "gfx1100"),
+        (b"gfx1030\0\0\0", "gfx1030"),
+    ),
+)
+def test_arch_of_a_drivers_name(name, arch):
+    assert targets.arch_of(name) == arch
+
+
+def test_wave_sizes():
+    assert {each.wave for each in targets.TARGETS.values() if each.arch.startswith("gfx9")} == {64}
+    assert {each.wave for each in targets.TARGETS.values() if each.arch.startswith("gfx1")} == {32}
+    assert targets.target("gfx90a").number == 0x90A
+    assert all(each.has_mfma == (each.wave == 64) for each in targets.TARGETS.values())
+
+
+@pytest.mark.parametrize("arch", ("gfx803", "gfx906", "gfx9999", "", "sm_90"))
+def test_an_unknown_architecture_is_refused(arch):
+    with pytest.raises(targets.UnknownArchError, match="it serves gfx90a, gfx942"):
+        targets.target(arch)
+
+
+def test_an_old_compiler_is_not_asked():
+    """hipRTC 5.2 ends the process when it is asked for gfx942."""
+    targets.check_compiler(targets.target("gfx90a"), (5, 2))
+    with pytest.raises(targets.UnknownArchError, match=r"hipRTC 5.2 does not compile for gfx942: HIP 6.0 or newer"):
+        targets.check_compiler(targets.target("gfx942"), (5, 2))
+
+
+MAPS = """7f00-7f01 r-xp 00000000 08:01 12 /opt/torch/lib/libamdhip64.so
+7f01-7f02 r--p 00001000 08:01 12 /opt/torch/lib/libamdhip64.so
+7f02-7f03 r-xp 00000000 08:01 13 /opt/with space/lib/libamdhip64.so.6
+7f03-7f04 rw-p 00000000 00:00 0
+7f04-7f05 r-xp 00000000 08:01 14 /opt/torch/lib/libhiprtc.so
+"""
+
+
+def test_loaded_libraries():
+    found = libraries.mapped_libraries(MAPS.splitlines(), "libamdhip64.so")
+    assert found == [Path("/opt/torch/lib/libamdhip64.so"), Path("/opt/with space/lib/libamdhip64.so.6")]
+
+
+def test_rocm_path_is_torchs(tmp_path):
+    torch_folder = tmp_path / "torch"
+    (torch_folder / "lib").mkdir(parents=True)
+    assert libraries.rocm_path(None, torch_folder, "/users") == "/users"  # torch brings no HIP: as the user says
+    library = torch_folder / "lib" / "libamdhip64.so"
+    library.touch()
+    assert libraries.rocm_path(None, torch_folder, "/users") == str(torch_folder)
+    other = tmp_path / "rocm" / "lib"
+    other.mkdir(parents=True)
+    (other / "libamdhip64.so").touch()
+    assert libraries.rocm_path(other / "libamdhip64.so.6.4", torch_folder, None) == str(tmp_path / "rocm")
+
+
+def test_two_runtimes_are_refused(monkeypatch):
+    monkeypatch.setattr(libraries, "loaded", lambda name: [Path("/a/libamdhip64.so"), Path("/b/libamdhip64.so.6")])
+    with pytest.raises(RuntimeError, match="two HIP runtimes are loaded"):
+        libraries.prepare()
+
+
+def as_rocm(monkeypatch, devices=1, arch="gfx90a:sramecc+:xnack-", hip=(6, 4)):
+    monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=arch))
+
+    def version():
+        if isinstance(hip, Exception):
+            raise hip
+        return hip
+
+    monkeypatch.setattr(libraries, "hip_version", version)
+
+
+def test_what_is_missing(monkeypatch):
+    assert "built without ROCm" in requirements.missing()
+    as_rocm(monkeypatch, devices=0)
+    assert "/dev/kfd" in requirements.missing()
+    as_rocm(monkeypatch, hip=ImportError("No module named 'hip'"))
+    assert 'pip install "fourbit[rocm]"' in requirements.missing()
+    as_rocm(monkeypatch, hip=RuntimeError("failed to dlopen"))
+    assert "failed to dlopen" in requirements.missing()
+    as_rocm(monkeypatch, arch="gfx803")
+    assert "device 0: the rocm backend has no kernels for 'gfx803'" in requirements.missing()
+    as_rocm(monkeypatch, arch="gfx1201", hip=(6, 2))
+    assert "HIP 6.4 or newer is needed" in requirements.missing()
+    as_rocm(monkeypatch)
+    assert requirements.missing() is None
+
+
+def test_registered_only_under_rocm(monkeypatch):
+    found = []
+    rocm.fourbit_register_backends(found.append)
+    assert not found and "rocm" not in [info.name for info in registry.backends()]
+    as_rocm(monkeypatch)
+    rocm.fourbit_register_backends(found.append)
+    assert [backend.name for backend in found] == ["rocm"]
+    (backend,) = found
+    assert backend.default_blocksize(torch.device("cuda", 0)) == 128 and backend.device_types == ("cuda",)
+    assert backend.unavailable() is None
+
+
+def test_supports_names_the_architecture(monkeypatch):
+    as_rocm(monkeypatch, arch="gfx803")
+    query = OpQuery("linear_4bit", torch.device("cuda", 0), torch.bfloat16, 128)
+    answer = rocm.RocmBackend().supports(query)
+    assert not answer and "gfx803" in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "m", "k", "blocksize", "path"),
+    (
+        (0x90A, torch.bfloat16, 1, 4096, 128, "mfma"),
+        (0x90A, torch.bfloat16, 16, 4096, 64, "mfma"),
+        (0x90A, torch.bfloat16, 17, 4096, 64, "pieces"),
+        (0x90A, torch.float32, 1, 4096, 64, "vector"),
+        (0x90A, torch.float16, 1, 4096, 64, "vector"),  # its matrix cores flush denormals
+        (0x942, torch.float16, 1, 4096, 64, "mfma"),
+        (0x90A, torch.bfloat16, 1, 4096, 32, "vector"),
+        (0x942, torch.float16, 1, 72, 64, "vector"),
+        (0x1100, torch.bfloat16, 16, 4096, 128, "vector"),
+        (0x1100, torch.bfloat16, 1, 4100, 128, "pieces"),
+    ),
+)
+def test_ways_of_a_product(arch, dtype, m, k, blocksize, path):
+    assert linear.path(arch, dtype, m, k, blocksize) == path
+
+
+@pytest.mark.parametrize("data", (b"", b"\x7fELF\x02" + bytes(100), b"__CLANG_OFFLOAD_BUNDLE__" + bytes(40)))
+def test_a_damaged_code_object(data):
+    with pytest.raises(codeobject.CodeObjectError):
+        codeobject.parse(data)
