@@ -158,7 +158,7 @@ class CudaLauncher(Launcher):
         from cuda.bindings import driver
 
         check(driver.cuInit(0), "cuInit")
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         device = check(driver.cuDeviceGet(index), f"device {index}")
         # torch holds the primary context for as long as the process lives; so does this
         self._context = check(driver.cuDevicePrimaryCtxRetain(device), f"context of device {index}")

@@ -105,8 +105,8 @@ def dequantize(
     """See `Backend.dequantize_4bit`.
 
     `out`, if given, is contiguous and 16-byte aligned and is written to and returned; with `first_block` the
-    part of the weight that starts with that block is decoded, `out.numel()` elements of it (an even number of
-    256 blocks in if the scales are double-quantized).
+    part of the weight that starts with that block is decoded, `out.numel()` elements of it (a multiple of
+    256 if the scales are double-quantized).
     """
     if out is None:
         out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)

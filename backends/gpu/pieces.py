@@ -29,7 +29,8 @@ def slice_spec(dtype: torch.dtype, nested: bool) -> KernelSpec:
 
 def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Optional) -> Tensor:
     """x [m, k] times the transposed weight [out_features, k], plus bias; rows of the weight piece by piece."""
-    packed, absmax, code, blocksize, *nested = weight
+    packed, absmax, code, blocksize = weight[:4]
+    nested = weight[4:]
     m, k = x.shape
     # a piece starts with a block, and with a nested block where the scales are double-quantized
     unit = blocksize if nested[0] is None else blocksize * NESTED_BLOCKSIZE

@@ -183,6 +183,8 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
             for kw in (256,) if wide else (256, 128, 64):
                 for stages in (3, 4, 2):
                     for split in splits:
+                        if split > 1 and nt == 8 and wr * wk > 8:  # registers
+                            continue
                         for resident in places:
                             tile = Tile(rt, nt, wr, wk, kw, stages, split, resident, wgmma, wide)
                             fits = shared_bytes(shape, tile) <= props.shared_per_block

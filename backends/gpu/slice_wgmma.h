@@ -127,7 +127,7 @@ FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, u3
 #endif
     u32 a[DEPTH][4 / PARTS][4];
     float d[DEPTH][NT][4], scale[DEPTH][2];
-#pragma unroll
+#pragma unroll(DEPTH == 1 && RT == 1 && NT >= 8 ? 1 : units + DEPTH - 1)
     for (int i = 0; i < units + DEPTH - 1; ++i) {
         if (i < units) {
             const int part = i / (RT * PARTS), p = i / RT % PARTS, r = i % RT;
