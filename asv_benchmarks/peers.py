@@ -5,8 +5,9 @@
     python asv_benchmarks/peers.py cpu --cases linear --shapes 4096x4096 --m 1,4 --threads 1 --dtype bf16
     python asv_benchmarks/peers.py cpu --isa avx2       # fourbit, torch and oneDNN held to AVX2
     python asv_benchmarks/peers.py cpu --sweep          # every M against dequantize_4bit + torch's linear
+    python asv_benchmarks/peers.py cuda                 # an NVIDIA GPU: peers_cuda.py, with options of its own
 
-The peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; benchmarks/timing.py says
+The CPU's peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; benchmarks/timing.py says
 how they are timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
 """
 
@@ -30,7 +31,7 @@ SHAPES = "4096x4096,11008x4096,4096x14336,32000x4096"
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time fourbit beside its peers.")
-    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("device", choices=["cpu", "cuda"], help="cuda has options of its own: `peers.py cuda --help`")
     parser.add_argument(
         "--cases", type=_words, help="of linear, fp16, gradient, quantize, dequantize, blockwise, module"
     )
@@ -73,6 +74,10 @@ def restrict(isa: str) -> None:
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
+    if sys.argv[1:2] == ["cuda"]:
+        import peers_cuda
+
+        return peers_cuda.main(sys.argv[2:])
     options = arguments()
     if options.isa:
         restrict(options.isa)
