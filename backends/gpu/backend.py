@@ -20,6 +20,8 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda
 class GpuBackend(Backend):
     """A backend whose kernels are in `backends/gpu/kernels`. Subclasses make the Launcher of a device."""
 
+    priority = 5  # one that a user installed beside it is meant to be used
+
     def __init__(self) -> None:
         self._launchers: dict[int, Launcher] = {}
 
