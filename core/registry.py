@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-# Loaded before fourbit/__init__.py takes this module's function of that name: importing a subpackage binds it in its
-# parent, which later, when the first built-in backend is loaded, would put the package in the function's place.
-import fourbit.backends  # noqa: F401
 from fourbit.backend import API_VERSION, OPS, SUPPORTED, Backend, OpQuery, Support
 
 if TYPE_CHECKING:
