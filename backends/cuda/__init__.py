@@ -132,6 +132,5 @@ class CudaBackend(GpuBackend):
 
 @hookimpl
 def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
-    """Register the CUDA backend; under ROCm, whose device type is "cuda" too, the rocm backend serves."""
-    if torch.version.hip is None:
-        register(CudaBackend())
+    """The built-in CUDA backend; unavailable where torch is not built for CUDA (ROCm's device type is "cuda" too)."""
+    register(CudaBackend())

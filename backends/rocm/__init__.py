@@ -103,6 +103,5 @@ class RocmBackend(GpuBackend):
 
 @hookimpl
 def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
-    """Register the ROCm backend where torch is built for ROCm, whose device type is "cuda" as well."""
-    if torch.version.hip is not None:
-        register(RocmBackend())
+    """The built-in ROCm backend; unavailable where torch is not built for ROCm."""
+    register(RocmBackend())

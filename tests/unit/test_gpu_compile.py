@@ -120,7 +120,8 @@ def test_linear_kernels(arch):
 
 def test_every_source_is_compiled_here():
     compiled = {spec.source for spec in (*elementwise_specs(), *linear_specs(90))}
-    assert {path.name for path in KERNELS.glob("*.cu")} - compiled == set()
+    of_rocm = {"linear_mfma.cu", "linear_vector.cu"}  # compiled in tests/rocm
+    assert {path.name for path in KERNELS.glob("*.cu")} - compiled == of_rocm
 
 
 def test_no_source_includes_a_system_header():
