@@ -232,8 +232,14 @@ def _first_type(backend: Backend) -> str:
 
 
 def _remember(info: BackendInfo) -> None:
-    # under a key of its own if the name is taken: a bad plugin must not hide a good backend of that name
-    _infos[info.name if info.name not in _infos else f"{info.name} from {info.source}"] = info
+    # the name belongs to the ready backend, which `unregister` takes out by it; others of that name have longer keys
+    holder = _infos.get(info.name)
+    if holder is not None and info.state != "ready":
+        _infos[f"{info.name} from {info.source}"] = info
+        return
+    if holder is not None:
+        _infos[f"{holder.name} from {holder.source}"] = holder
+    _infos[info.name] = info
 
 
 def _warn(message: str) -> None:
