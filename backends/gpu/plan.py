@@ -174,7 +174,9 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
     nt = next((nt for nt in (1, 2, 4) if per_expert <= 8 * nt), 8)
     wide = props.shared_per_block >= WIDE_BYTES
     splits = (1, 2) if props.arch >= CLUSTER_ARCH and not shape.experts and nt >= 2 else (1,)
-    units = (False, True) if props.arch == WGMMA_ARCH and not shape.experts and nt >= 2 else (False,)
+    units: tuple[bool, ...] = (False,)
+    if props.arch == WGMMA_ARCH and not shape.experts and nt >= 2:
+        units = (False, True) if nt == 2 else (True,)  # from 17 rows on a warp's own products were slower on every shape
     places = (True, False) if nt == 1 and not shape.experts else (False,)
     for wgmma in units:
         for rt, wr, wk in _GROUPS if wgmma else _WARPS:
@@ -301,13 +303,17 @@ def use_fused(shape: Shape) -> bool:
 def piece_columns(props: DeviceProps, m: int, columns: int, inner: int, itemsize: int, *, whole: bool) -> int:
     """How many of `columns` output columns to decode at a time, `inner` weights each.
 
-    A piece should stay in the second-level cache, but be wide enough for matmul to fill the device; with
-    `whole` False never more than half of the columns of a weight that is larger than a cache.
+    A piece should stay in the second-level cache, but be wide enough for matmul to fill the device, and with `whole` be
+    the whole weight rather than leave matmul's last wave partly filled, as long as it takes no more memory than the
+    product's input and result; with `whole` False never more than half of the columns of a weight that is larger
+    than a cache.
     """
     cached = props.l2_bytes // 2 // (inner * itemsize)
     filled = 2 * props.sm_count * 128 * 128 // max(m, 1)
     width = max(cached, filled, 128)
-    if not whole and columns * inner * itemsize > props.l2_bytes:
+    if whole:
+        width = max(width, m * (inner + columns) // inner)
+    elif columns * inner * itemsize > props.l2_bytes:
         width = min(width, -(-columns // 2))
     width = -(-width // 128) * 128
     pieces = -(-columns // width)

@@ -107,12 +107,13 @@ def test_listed_and_never_in_the_way():
     assert info.state == "ready" or len(info.reason) > 20
 
 
-def test_not_registered_under_rocm(monkeypatch):
+def test_unavailable_under_rocm(monkeypatch):
+    """ROCm's torch calls its devices "cuda" too: listed with the reason, and never asked."""
     from fourbit.backends import cuda
 
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.version, "cuda", None)
     registered = []
     cuda.fourbit_register_backends(registered.append)
-    assert [backend.name for backend in registered] == ["cuda"]
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    cuda.fourbit_register_backends(registered.append)
-    assert len(registered) == 1
+    (backend,) = registered
+    assert "is built without CUDA" in backend.unavailable()

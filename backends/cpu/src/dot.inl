@@ -47,35 +47,35 @@ struct FloatDot {
   template <bool Scaled, bool Quarters, int R>
   inline __attribute__((always_inline)) void group(const uint8_t* const* bytes, int64_t at, const float* x,
                                                    const float (*s)[4], F (&sums)[R][M][CHAINS]) const {
-    F w[R][Decoder::VECTORS];
     Scales scales[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      scales[r] = Quarters ? Scales::quarters(s[r]) : Scales::halves(s[r][0], s[r][1]);
-      Decoder::decode128(bytes[r] + at, table, w[r]);
-    }
-    if constexpr (M == 1 && !Scaled) {
-      static_assert(R == 1);
-#pragma GCC unroll 128
-      for (int v = 0; v < Decoder::VECTORS; v += SAME_SCALES) {
-        F block = mul(w[0][v], load(x + v * W));
-#pragma GCC unroll 128
-        for (int i = v + 1; i < v + SAME_SCALES; ++i) block = fma(w[0][i], load(x + i * W), block);
-        F& sum = sums[0][0][v / SAME_SCALES % CHAINS];
-        sum = fma(block, scales[0].of(v), sum);
-      }
-    } else {
-#pragma GCC unroll 128
-      for (int v = 0; v < Decoder::VECTORS; ++v) {
-        F scaled[R];
+    for (int r = 0; r < R; ++r) scales[r] = Quarters ? Scales::quarters(s[r]) : Scales::halves(s[r][0], s[r][1]);
+    // a part is used up before the next one is decoded: all 128 weights at once would not fit the registers
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) scaled[r] = mul(w[r][v], scales[r].of(v));
+    for (int first = 0; first < Decoder::VECTORS; first += SAME_SCALES) {
+      F w[R][SAME_SCALES];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) Decoder::decode_part(bytes[r] + at, first / SAME_SCALES, table, w[r]);
+      if constexpr (M == 1 && !Scaled) {
+        static_assert(R == 1);
+        F block = mul(w[0][0], load(x + first * W));
+#pragma GCC unroll 128
+        for (int i = 1; i < SAME_SCALES; ++i) block = fma(w[0][i], load(x + (first + i) * W), block);
+        F& sum = sums[0][0][first / SAME_SCALES % CHAINS];
+        sum = fma(block, scales[0].of(first), sum);
+      } else {
+#pragma GCC unroll 128
+        for (int i = 0; i < SAME_SCALES; ++i) {
+          const int v = first + i;
+          F scaled[R];
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) scaled[r] = mul(w[r][i], scales[r].of(v));
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const F lanes = load(x + m * GROUP + v * W);
+          for (int m = 0; m < M; ++m) {
+            const F lanes = load(x + m * GROUP + v * W);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r)
-            sums[r][m][v % CHAINS] = fma(scaled[r], lanes, sums[r][m][v % CHAINS]);
+            for (int r = 0; r < R; ++r) sums[r][m][v % CHAINS] = fma(scaled[r], lanes, sums[r][m][v % CHAINS]);
+          }
         }
       }
     }

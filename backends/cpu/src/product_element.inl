@@ -87,11 +87,14 @@ struct FloatElement {
   };
   static Codes codes(const float* code) { return {Exact::table(code)}; }
   static void decode128(const uint8_t* bytes, const Codes& codes, float first, float second, float* out) {
-    F values[Exact::VECTORS];
-    Exact::decode128(bytes, codes.table, values);
     const Scales scales = Scales::halves(first, second);
+#pragma GCC unroll 4
+    for (int v = 0; v < Exact::VECTORS; v += SAME_SCALES) {
+      F values[SAME_SCALES];
+      Exact::decode_part(bytes, v / SAME_SCALES, codes.table, values);
 #pragma GCC unroll 128
-    for (int v = 0; v < Exact::VECTORS; ++v) store(out + v * W, mul(values[v], scales.of(v)));
+      for (int i = 0; i < SAME_SCALES; ++i) store(out + (v + i) * W, mul(values[i], scales.of(v)));
+    }
   }
   static void order(float* x) {
     float natural[128];

@@ -95,14 +95,14 @@ inline Table make_table(const float* code, float scale) {
 }
 
 // 16 bytes as 32 nibbles: the even elements (high nibbles) in the low half, the odd ones in the high half.
-inline __m256i nibbles32(const uint8_t* bytes) {
+inline __attribute__((always_inline)) __m256i nibbles32(const uint8_t* bytes) {
   const __m128i b = load128(bytes);
   const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_srli_epi16(b, 4)), b, 1);
   return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
 // Vector v has elements 8v + {0, 2, 4, 6, 1, 3, 5, 7}.
-inline void decode32_even_odd(const uint8_t* bytes, const Table& table, F* out) {
+inline __attribute__((always_inline)) void decode32_even_odd(const uint8_t* bytes, const Table& table, F* out) {
   const __m256i index = nibbles32(bytes);
   const __m256i p0 = _mm256_shuffle_epi8(table.planes[0], index), p1 = _mm256_shuffle_epi8(table.planes[1], index);
   const __m256i p2 = _mm256_shuffle_epi8(table.planes[2], index), p3 = _mm256_shuffle_epi8(table.planes[3], index);
@@ -120,14 +120,18 @@ inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
   for (int v = 0; v < 4; ++v) out[v] = _mm256_permutevar8x32_ps(out[v], order);
 }
 
-// For products of few rows: unscaled values of 128 weights, in the order that costs least. `element(i)` is the
-// element at position i, so that x can be brought into the same order once.
+// Vectors from one on that have the same scales: a sum over them needs scaling once.
+constexpr int SAME_SCALES = 32 / W;
+
+// For products of few rows: unscaled values of 128 weights, in the order that costs least, SAME_SCALES vectors of
+// them at a time. `element(i)` is the element at position i, so that x can be brought into the same order once.
 struct Exact {
   using Table = FOURBIT_ISA::Table;
   static constexpr int VECTORS = 128 / W;
   static Table table(const float* code) { return make_table(code, 1.0f); }
-  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
-    for (int part = 0; part < 4; ++part) decode32_even_odd(bytes + 16 * part, table, out + part * (32 / W));
+  static inline __attribute__((always_inline)) void decode_part(const uint8_t* bytes, int part, const Table& table,
+                                                               F* out) {
+    decode32_even_odd(bytes + 16 * part, table, out);
   }
   static constexpr int element(int position) {
     const int lane = position % 8;
@@ -147,8 +151,9 @@ struct Rounded {
     const FOURBIT_ISA::Table exact = make_table(rounded, 1.0f);
     return {exact.planes[2], exact.planes[3]};
   }
-  static void decode32(const uint8_t* bytes, const Table& table, F* out) {
-    const __m256i index = nibbles32(bytes);
+  static inline __attribute__((always_inline)) void decode_part(const uint8_t* bytes, int part, const Table& table,
+                                                               F* out) {
+    const __m256i index = nibbles32(bytes + 16 * part);
     const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
     const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
     const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000));
@@ -156,9 +161,6 @@ struct Rounded {
     out[1] = _mm256_castsi256_ps(_mm256_and_si256(a, mask));
     out[2] = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
     out[3] = _mm256_castsi256_ps(_mm256_and_si256(b, mask));
-  }
-  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
-    for (int part = 0; part < 4; ++part) decode32(bytes + 16 * part, table, out + part * 4);
   }
   static constexpr int element(int position) {
     const int vector = position / 8, lane = position % 8;
@@ -175,8 +177,6 @@ struct Scales {
   static Scales quarters(const float* s) { return {{splat(s[0]), splat(s[1]), splat(s[2]), splat(s[3])}}; }
   F of(int vector) const { return parts[vector / (32 / W)]; }
 };
-// Vectors from one on that have the same scales: a sum over them needs scaling once.
-constexpr int SAME_SCALES = 32 / W;
 
 template <int TileM>
 inline constexpr int tile_n = TileM == 3 ? 4 : TileM == 2 ? 6 : 12;

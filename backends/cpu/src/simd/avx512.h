@@ -94,14 +94,17 @@ inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
   out[1] = lookup(table, _mm512_srlv_epi32(_mm512_permutexvar_epi32(second, both), shift));
 }
 
-// For products of few rows: unscaled values of 128 weights, in the order that costs least. `element(i)` is the
-// element at position i, so that x can be brought into the same order once. Lane i of each vector has one of the
+// Vectors from one on that have the same scales: a sum over them needs scaling once.
+constexpr int SAME_SCALES = 8;
+
+// For products of few rows: unscaled values of 128 weights, in the order that costs least, SAME_SCALES vectors of
+// them at a time. `element(i)` is the element at position i, so that x can be brought into the same order once. Lane i of each vector has one of the
 // elements 8i to 8i + 7, so that the first 64 weights are the low half of all of them.
 struct Exact {
   using Table = FOURBIT_ISA::Table;
   static constexpr int VECTORS = 8;
   static Table table(const float* code) { return make_table(code, 1.0f); }
-  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
+  static inline __attribute__((always_inline)) void decode_part(const uint8_t* bytes, int, const Table& table, F* out) {
     const __m512i b = _mm512_loadu_si512(bytes);
     out[0] = lookup(table, _mm512_srli_epi32(b, 4));
     out[1] = lookup(table, b);
@@ -126,8 +129,6 @@ struct Scales {
   }
   F of(int) const { return lanes; }
 };
-// Vectors from one on that have the same scales: a sum over them needs scaling once.
-constexpr int SAME_SCALES = 8;
 using Rounded = Exact;
 
 template <int TileM>

@@ -59,7 +59,7 @@ struct Nibbles {
   uint8x16_t parts[2];
 };
 // 16 bytes as 32 nibbles, in order.
-inline Nibbles nibbles32(const uint8_t* bytes) {
+inline __attribute__((always_inline)) Nibbles nibbles32(const uint8_t* bytes) {
   const uint8x16_t b = vld1q_u8(bytes);
   const uint8x16_t high = vshrq_n_u8(b, 4), low = vandq_u8(b, vdupq_n_u8(15));
   return {{vzip1q_u8(high, low), vzip2q_u8(high, low)}};
@@ -81,14 +81,18 @@ inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
   }
 }
 
-// For products of few rows: unscaled values of 128 weights, in the order that costs least. `element(i)` is the
-// element at position i, so that x can be brought into the same order once.
+// Vectors from one on that have the same scales: a sum over them needs scaling once.
+constexpr int SAME_SCALES = 32 / W;
+
+// For products of few rows: unscaled values of 128 weights, in the order that costs least, SAME_SCALES vectors of
+// them at a time. `element(i)` is the element at position i, so that x can be brought into the same order once.
 struct Exact {
   using Table = FOURBIT_ISA::Table;
   static constexpr int VECTORS = 128 / W;
   static Table table(const float* code) { return make_table(code, 1.0f); }
-  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
-    for (int part = 0; part < 4; ++part) decode32(bytes + 16 * part, table, out + part * (32 / W));
+  static inline __attribute__((always_inline)) void decode_part(const uint8_t* bytes, int part, const Table& table,
+                                                               F* out) {
+    decode32(bytes + 16 * part, table, out);
   }
   static constexpr int element(int position) { return position; }
 };
@@ -105,19 +109,18 @@ struct Rounded {
     const FOURBIT_ISA::Table exact = make_table(rounded, 1.0f);
     return {exact.planes[2], exact.planes[3]};
   }
-  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
-    for (int group = 0; group < 4; ++group) {
-      const Nibbles index = nibbles32(bytes + 16 * group);
-      for (int part = 0; part < 2; ++part, out += 4) {
-        const uint8x16_t low = vqtbl1q_u8(table.low, index.parts[part]);
-        const uint8x16_t high = vqtbl1q_u8(table.high, index.parts[part]);
-        const uint16x8_t a = vreinterpretq_u16_u8(vzip1q_u8(low, high));
-        const uint16x8_t b = vreinterpretq_u16_u8(vzip2q_u8(low, high));
-        out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(a), 16));
-        out[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(a), 16));
-        out[2] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(b), 16));
-        out[3] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(b), 16));
-      }
+  static inline __attribute__((always_inline)) void decode_part(const uint8_t* bytes, int part, const Table& table,
+                                                               F* out) {
+    const Nibbles index = nibbles32(bytes + 16 * part);
+    for (int half = 0; half < 2; ++half, out += 4) {
+      const uint8x16_t low = vqtbl1q_u8(table.low, index.parts[half]);
+      const uint8x16_t high = vqtbl1q_u8(table.high, index.parts[half]);
+      const uint16x8_t a = vreinterpretq_u16_u8(vzip1q_u8(low, high));
+      const uint16x8_t b = vreinterpretq_u16_u8(vzip2q_u8(low, high));
+      out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(a), 16));
+      out[1] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(a), 16));
+      out[2] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(b), 16));
+      out[3] = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(b), 16));
     }
   }
   static constexpr int element(int position) { return position; }
@@ -132,8 +135,6 @@ struct Scales {
   static Scales quarters(const float* s) { return {{splat(s[0]), splat(s[1]), splat(s[2]), splat(s[3])}}; }
   F of(int vector) const { return parts[vector / (32 / W)]; }
 };
-// Vectors from one on that have the same scales: a sum over them needs scaling once.
-constexpr int SAME_SCALES = 32 / W;
 
 template <int TileM>
 inline constexpr int tile_n = TileM == 4 ? 6 : TileM == 3 ? 8 : TileM == 2 ? 12 : 24;

@@ -46,14 +46,18 @@ inline void decode32(const uint8_t* bytes, const Table& table, F* out) {
   }
 }
 
-// For products of few rows: unscaled values of 128 weights, in the order that costs least. `element(i)` is the
-// element at position i, so that x can be brought into the same order once.
+// Vectors from one on that have the same scales: a sum over them needs scaling once.
+constexpr int SAME_SCALES = 32 / W;
+
+// For products of few rows: unscaled values of 128 weights, in the order that costs least, SAME_SCALES vectors of
+// them at a time. `element(i)` is the element at position i, so that x can be brought into the same order once.
 struct Exact {
   using Table = FOURBIT_ISA::Table;
   static constexpr int VECTORS = 128 / W;
   static Table table(const float* code) { return make_table(code, 1.0f); }
-  static void decode128(const uint8_t* bytes, const Table& table, F* out) {
-    for (int part = 0; part < 4; ++part) decode32(bytes + 16 * part, table, out + part * (32 / W));
+  static inline __attribute__((always_inline)) void decode_part(const uint8_t* bytes, int part, const Table& table,
+                                                               F* out) {
+    decode32(bytes + 16 * part, table, out);
   }
   static constexpr int element(int position) { return position; }
 };
@@ -70,8 +74,6 @@ struct Scales {
   static Scales quarters(const float* s) { return {{splat(s[0]), splat(s[1]), splat(s[2]), splat(s[3])}}; }
   F of(int vector) const { return parts[vector / (32 / W)]; }
 };
-// Vectors from one on that have the same scales: a sum over them needs scaling once.
-constexpr int SAME_SCALES = 32 / W;
 
 template <int TileM>
 inline constexpr int tile_n = TileM == 4 ? 2 : TileM == 3 ? 2 : TileM == 2 ? 4 : 8;
