@@ -7,8 +7,8 @@
     python asv_benchmarks/peers.py cpu --sweep          # every M against dequantize_4bit + torch's linear
     python asv_benchmarks/peers.py cuda                 # an NVIDIA GPU: peers_cuda.py, with options of its own
 
-The CPU's peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; benchmarks/timing.py says
-how they are timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
+The CPU's peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; benchmarks/timing.py
+says how they are timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
 """
 
 from __future__ import annotations

@@ -176,7 +176,8 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
     splits = (1, 2) if props.arch >= CLUSTER_ARCH and not shape.experts and nt >= 2 else (1,)
     units: tuple[bool, ...] = (False,)
     if props.arch == WGMMA_ARCH and not shape.experts and nt >= 2:
-        units = (False, True) if nt == 2 else (True,)  # from 17 rows on a warp's own products were slower on every shape
+        # from 17 rows on a warp's own products were slower on every shape
+        units = (False, True) if nt == 2 else (True,)
     places = (True, False) if nt == 1 and not shape.experts else (False,)
     for wgmma in units:
         for rt, wr, wk in _GROUPS if wgmma else _WARPS:

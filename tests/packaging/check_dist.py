@@ -47,7 +47,13 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
     check("fourbit/py.typed" in names, "the wheel lacks fourbit/py.typed")
     check(any(n.endswith("licenses/LICENSE") for n in names), "the wheel lacks the licence")
     check("Name: fourbit\n" in read_metadata, "the wheel is not named fourbit")
-    for line in ("[fourbit.backends]", "cpu = fourbit.backends.cpu", "reference = fourbit.reference", "fourbit = fourbit_pytest", "fourbit.cli:main"):
+    for line in (
+        "[fourbit.backends]",
+        "cpu = fourbit.backends.cpu",
+        "reference = fourbit.reference",
+        "fourbit = fourbit_pytest",
+        "fourbit.cli:main",
+    ):
         check(line in entry_points, f"the wheel's entry points lack {line!r}")
 
 
