@@ -137,6 +137,8 @@ def test_pieces(props):
                 if not whole and columns * inner * 2 > 4 * props.l2_bytes:
                     assert width <= columns // 2 + 128
     assert plan.piece_columns(props, 4096, 28672, 8192, 2, whole=True) < 28672
+    # the whole weight where x and the result are larger than it
+    assert plan.piece_columns(props, 4096, 8192, 8192, 2, whole=True) == 8192
 
 
 def test_text_says_what_was_chosen():
