@@ -148,6 +148,7 @@ def quantize_4bit(*args, **options):
         time.sleep(5)  # ends at once in the main thread; another one must not be done before the signal is handled
     return real(*args, **options)
 module.quantize_4bit = quantize_4bit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 runpy.run_module("fourbit.cli", run_name="__main__")
 """
 
