@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 # xdist gives its workers a terminal's width, which would break tables that a test reads as a pipe does.
 os.environ.pop("COLUMNS", None)
 
+pytest_plugins = ["tests.long_tests"]
+
 # No deadline: a shared machine's hiccup is no bug. What an example found stays in .hypothesis/.
 settings.register_profile("fourbit", deadline=None)
 settings.load_profile("fourbit")

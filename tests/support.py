@@ -17,7 +17,7 @@ def skip_or_fail(reason: str) -> NoReturn:
     """Skip, or fail where FOURBIT_REQUIRE_ALL=1 says that nothing may be missing, as in CI."""
     if os.environ.get("FOURBIT_REQUIRE_ALL") == "1":
         pytest.fail(reason)
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def skip_without_device(reason: str) -> NoReturn:

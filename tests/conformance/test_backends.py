@@ -23,7 +23,7 @@ def run_suite(*arguments: str, cwd: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_backend(name, tmp_path):
     (info,) = [info for info in fourbit.backends() if info.name == name]

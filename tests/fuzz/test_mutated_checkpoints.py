@@ -7,7 +7,8 @@ For every folder: it is opened, inspected, read, quantized or dequantized, and c
   shapes and values, bit for bit. So whatever is accepted is a valid folder that says something else. (Without a
   manifest nobody can know that a flipped bit of the data, or of a name, was not meant.)
 
-FOURBIT_FUZZ_CASES sets how many folders in all, FOURBIT_FUZZ_SECONDS goes on for so long.
+A plain run takes 900 folders, `pytest --long` 20,700 more; FOURBIT_FUZZ_CASES sets how many, FOURBIT_FUZZ_SECONDS goes
+on for so long.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
 from tests.fuzz import guards, material, mutations, oracle
 
-CASES = int(os.environ.get("FOURBIT_FUZZ_CASES", "20700"))
+MANY = int(os.environ.get("FOURBIT_FUZZ_CASES", "20700"))
 SECONDS = float(os.environ.get("FOURBIT_FUZZ_SECONDS", "0"))
-EACH = -(-CASES // len(mutations.FAMILIES))
 DOCUMENTED = (CheckpointError, fourbit.NonFiniteError)
 CONFIG = fourbit.QuantConfig(blocksize=32, double_quant=True)
 
@@ -49,24 +49,32 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
+def each(cases: int) -> int:
+    """Of so many cases in all, those of one family."""
+    return -(-cases // len(mutations.FAMILIES))
+
+
+how_many = pytest.mark.parametrize("cases", [900, pytest.param(MANY, marks=pytest.mark.long)])
+
+
+@how_many
 @pytest.mark.parametrize("family", mutations.FAMILIES)
-def test_mutated(place, family):
+def test_mutated(place, family, cases):
     material.bases()
     for name in material.bases():  # whatever is loaded or compiled once is there before memory is measured
         assert check(place, material.Case(dict(material.bases()[name]), f"sound {name}"), name) == "accepted"
     outcomes: Counter[str] = Counter()
     begin, number = time.monotonic(), 0
     with guards.limited_memory():
-        while number < EACH or time.monotonic() - begin < SECONDS / len(mutations.FAMILIES):
+        while number < each(cases) or (cases == MANY and time.monotonic() - begin < SECONDS / len(mutations.FAMILIES)):
             outcomes[check(place, mutations.mutate(family, number), f"{family} {number}")] += 1
             number += 1
     print(f"{family}: {number} cases, {dict(outcomes)}")
     assert outcomes["refused"] > number // 4, outcomes
 
 
-@pytest.mark.slow
-def test_with_manifest_nothing_passes(place):
+@how_many
+def test_with_manifest_nothing_passes(place, cases):
     """Of a folder with a manifest any file is broken anywhere: it verifies only if it says the same as before."""
     sound, folder = place / "sound", place / "broken"
     write(material.Case(dict(material.bases()["plain-shards"])), place / "src")
@@ -74,7 +82,7 @@ def test_with_manifest_nothing_passes(place):
     files = {path.name: path.read_bytes() for path in sound.iterdir()}
     want, ok = oracle.contents(sound), 0
     assert verify_checkpoint(sound).ok and len(files) > 4
-    for number in range(EACH):
+    for number in range(each(cases)):
         rng = random.Random(number)
         name = rng.choice(sorted(files))
         data = material.garble(rng, files[name])
@@ -89,8 +97,8 @@ def test_with_manifest_nothing_passes(place):
                 assert oracle.contents(folder) == want, what
                 others = {n: (folder / n).read_bytes() for n in ("config.json", "tokenizer.json")}
                 assert others == {n: files[n] for n in others}, what
-    print(f"{ok} of {EACH} verify, and say the same")
-    assert ok < EACH // 10
+    print(f"{ok} of {each(cases)} verify, and say the same")
+    assert ok < each(cases) // 10
 
 
 def check(place: Path, case: material.Case, label: str) -> str:

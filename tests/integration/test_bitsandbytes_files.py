@@ -117,7 +117,7 @@ def test_dequantize_of_theirs(tmp_path, quant_type, double_quant, dtype):
             assert found.dtype == dtype and torch.equal(found, tensor)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("double_quant", (False, True))
 def test_transformers_with_bitsandbytes_loads_ours(tmp_path, double_quant):
     """A model quantized by us, loaded as any bitsandbytes model: same weights, and logits as close as bf16 allows."""

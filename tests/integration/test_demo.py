@@ -15,7 +15,7 @@ from fourbit.cli import sample_model
 from fourbit.state import quantized_nbytes
 from tests.support import skip_or_fail
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # SmolLM2-135M: 30 layers of q, o [576, 576], k, v [192, 576], gate, up [1536, 576], down [576, 1536]
 LAYERS = 30

@@ -12,7 +12,7 @@ from torch import nn
 import fourbit
 from tests.support import skip_or_fail
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 ROWS = 96, 129  # the second does not divide by the number of processes
 
 

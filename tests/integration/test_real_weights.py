@@ -14,7 +14,7 @@ except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),

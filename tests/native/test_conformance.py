@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = f"import sys; sys.path.append({str(ROOT)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("build", "isa"), VARIANTS)
 def test_suite(server_command, build, isa, tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FOURBIT_"))}

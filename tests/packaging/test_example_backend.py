@@ -103,7 +103,7 @@ for dtype in (torch.float32, torch.float16):
     assert "-> reference; not example: the pretend chip has no float16" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_conformance(installed, tmp_path):
     """The whole suite passes, and what the example declines is seen to be skipped."""
     done = suite(installed, tmp_path, "fourbit.testing")

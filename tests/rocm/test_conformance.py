@@ -56,7 +56,7 @@ class Thinned:
             self.passed.add(report.nodeid)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ("gfx90a", "gfx1030"))
 @pytest.mark.parametrize("module", MODULES)
 def test_conformance(module, arch, device, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def _compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
     return code
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "source", ("quantize.cu", "dequantize.cu", "dequantize_slice.cu", "embedding.cu", "blockwise.cu")
 )
@@ -104,7 +104,7 @@ def test_elementwise_kernels(arch, source):
         assert found.shared_bytes <= 8192, f"{spec.label()} on sm_{arch}: {found}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ARCHS)
 def test_linear_kernels(arch):
     """What the plans choose fits the GPU: no spills, threads times registers, static and dynamic shared memory."""

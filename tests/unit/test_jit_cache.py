@@ -246,7 +246,7 @@ assert code.startswith(b"\\x7fELF"), code[:8]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("program", (FAKE, REAL), ids=("fake", "nvrtc"))
 def test_sixteen_processes_with_a_cold_cache(program, tmp_path):
     if program is REAL:
