@@ -81,15 +81,17 @@ def check_and_plan(
     src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
+    from fourbit.checkpoint import destination, fingerprint, others
     from fourbit.checkpoint.quantize import output_items, require_unquantized
     from fourbit.checkpoint.reader import Checkpoint
-    from fourbit.checkpoint.staging import check_destination
     from fourbit.plans import plan
 
     source = src.expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
-        check_destination(source, dst.expanduser().resolve(), overwrite or resume)
+        target = dst.expanduser().resolve()
+        others.require_free_names(checkpoint)
+        destination.check(source, fingerprint.files(checkpoint).values(), target, overwrite or resume)
         planned = plan(source, config, device=device)
         return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
 
@@ -98,8 +100,8 @@ def run(
     src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool = False
 ) -> QuantizeReport:
     """Quantize with a bar. `fourbit demo` goes through here too."""
+    from fourbit.checkpoint.destination import unfinished_folder
     from fourbit.checkpoint.quantize import quantize_checkpoint
-    from fourbit.checkpoint.staging import unfinished_folder
 
     with console.byte_progress() as bar:
         task = bar.add_task("quantizing", total=None)
@@ -142,7 +144,14 @@ def show_report(report: QuantizeReport) -> None:
     if report.left_out:
         names = ", ".join(report.left_out)
         console.note(f"not copied, since they hold weights in another form: {names}")
+    note_leftovers(report.leftovers)
     show_sizes(report.plan, report.bytes_after)
+
+
+def note_leftovers(leftovers: tuple[Path, ...]) -> None:
+    """A line for each folder that was replaced and is still there."""
+    for path in leftovers:
+        console.note(f"what was replaced is still there, since not all of it could be removed: {path}")
 
 
 def show_sizes(plan: QuantPlan, total_after: int) -> None:

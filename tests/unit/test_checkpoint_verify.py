@@ -105,7 +105,7 @@ def test_what_is_wrong_is_named(folder, harm):
 def test_what_is_right(folder):
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 0 and "every hash is right" in result.stdout
-    keys = {"schema", "path", "ok", "manifest", "finished", "tensors", "quantized", "bytes", "faults"}
+    keys = {"schema", "path", "ok", "manifest", "finished", "tensors", "quantized", "bytes", "faults", "notices"}
     assert set(json.loads(CliRunner().invoke(app, ["verify", str(folder), "--json"]).stdout)) == keys
 
 
