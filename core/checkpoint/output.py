@@ -12,6 +12,7 @@ from typing import IO
 
 from torch import Tensor
 
+from fourbit.checkpoint import layout
 from fourbit.checkpoint.journal import Journal
 from fourbit.checkpoint.shards import Item, Shard
 from fourbit.checkpoint.writer import CHUNK_BYTES, ShardWriter, flush_to_disk, temporary
@@ -68,6 +69,7 @@ class Output:
         path = temporary(self._folder / shard.file)
         # what was recovered ends at the end of an item
         self._stream = open(path, "ab" if self._done.get(shard.file) else "wb")  # noqa: SIM115
+        layout.sync_folder(self._folder)  # what will be noted has a name then
         self._shard = shard
         self._writer = ShardWriter(self._stream, shard)
 

@@ -45,7 +45,7 @@ def from_json(value: Any) -> Snapshot | None:
 def take(folder: Path) -> Snapshot:
     """The folder as it is now. Raises CheckpointError if it cannot be looked at."""
     try:
-        return Snapshot(os.lstat(folder).st_ino, dict(_walk(folder, "")))
+        return Snapshot(_inode(folder), dict(_walk(folder, "")))
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be looked at: {error.strerror or error}") from error
 
@@ -56,6 +56,10 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
         yield prefix + name, found
         if stat.S_ISDIR(found[0]):
             yield from _walk(folder / name, f"{prefix}{name}/")
+
+
+def _inode(folder: Path) -> int:
+    return os.lstat(folder).st_ino
 
 
 def _entry(path: Path) -> Entry:
@@ -81,7 +85,7 @@ def differences(old: Snapshot, folder: Path) -> list[str]:
 def remove(old: Snapshot, folder: Path) -> bool:
     """Remove from a folder what is there as it was, and the folder if nothing else is. Returns whether it is gone."""
     try:
-        if os.lstat(folder).st_ino != old.inode:
+        if _inode(folder) != old.inode:
             return False
         # all are looked at first: with one of two hard links the other one's ctime changes
         same = [name for name, entry in old.entries.items() if _is(folder / name, entry)]

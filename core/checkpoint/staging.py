@@ -48,6 +48,7 @@ class Stage:
             self._lock = FileLock(self.folder / LOCK_FILE, timeout=0)
             self._lock.acquire()
             layout.sync_folder(self.folder)  # the lock is what says whose folder it is
+            layout.sync_folder(dst.parent)
         except Timeout:
             raise CheckpointError(f"another run is writing {dst} (it has locked {self.folder})") from None
         except (OSError, NotImplementedError) as error:
