@@ -110,12 +110,12 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
     replaces = begun.replaces if begun is not None else None
     if resume and replaces is None and _is_finished(job, fingerprint):
         return Built(*others.names(job.checkpoint), job.checkpoint.nbytes, _leftovers(target, kept))
-    read = fingerprints.files(job.checkpoint).values()
-    replaces = destination.check(source, read, target, overwrite, replaces)
     if left.is_dir() and not (overwrite or resume):
         raise CheckpointError(
             f"an unfinished run of {target} is there ({left}): --resume continues it, --overwrite starts afresh"
         )
+    read = fingerprints.files(job.checkpoint).values()
+    replaces = destination.check(source, read, target, overwrite, replaces)
     if begun is not None and (changes := fingerprints.differences(begun.fingerprint, fingerprint)):
         what = "; ".join(changes)
         raise CheckpointError(f"the unfinished run of {target} cannot be resumed: {what}. --overwrite starts afresh")
