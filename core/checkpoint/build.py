@@ -76,7 +76,7 @@ class Built:
     Attributes:
         copied: other files carried over; left_out: files with weights in other forms, which were not.
         resumed_bytes: of the source, that an earlier run had done.
-        leftovers: folders that were replaced, now or by an earlier run, and could not be removed.
+        leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
     copied: tuple[str, ...]
@@ -282,10 +282,11 @@ def _is_finished(job: Job[R], fingerprint: dict[str, Any]) -> bool:
 
 
 def _leftovers(target: Path, kept: Path | None) -> tuple[Path, ...]:
-    """Folders beside the destination that are there for want of anything better, those of earlier versions too."""
+    """Folders beside the destination that could not be removed, and unfinished ones of other runs or versions."""
     old = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.replaced")
     found = [path for path in target.parent.iterdir() if old.fullmatch(path.name)]
-    return tuple(sorted({*found, *([kept] if kept is not None else [])}))
+    left = destination.unfinished_folder(target)
+    return tuple(sorted({*found, *(path for path in (kept, left) if path is not None and path.exists())}))
 
 
 def _has_tensors(folder: Path) -> bool:

@@ -32,7 +32,7 @@ class DequantizeReport:
         copied: other files carried over; left_out: files with weights in other forms, which were not.
         resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
-        leftovers: folders that were replaced, now or by an earlier run, and could not be removed.
+        leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
     source: Path

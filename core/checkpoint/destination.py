@@ -92,17 +92,15 @@ def _check_apart(src: Path, read: Iterable[Path], dst: Path) -> None:
         raise CheckpointError(f"the destination {dst} is the source, or a folder around it")
     if src.is_dir() and src in dst.parents:
         raise CheckpointError(f"the destination {dst} lies inside the source {src}")
+    around = {folder: file for file in read for folder in file.resolve().parents}  # of what links lead to
     for place in (dst, unfinished_folder(dst)):
-        try:
-            there = os.stat(place)
-        except OSError:
+        if not place.exists():
             continue
-        for file in read:
-            real = file.resolve()  # a link's target; by inode, since a folder can have several names
-            if any(os.path.samestat(os.stat(folder), there) for folder in (real, *real.parents) if folder.exists()):
+        for folder, file in around.items():
+            if folder.exists() and os.path.samefile(folder, place):  # which can have several names
                 raise CheckpointError(
-                    f"the source's {file} is {real}, which is in the destination {place}: it would be removed with"
-                    " it. Choose another destination"
+                    f"the source's {file} is {file.resolve()}, which is in the destination {place}: it would be"
+                    " removed with it. Choose another destination"
                 )
 
 

@@ -31,7 +31,8 @@ def dequantize(
         bool | None,
         typer.Option(
             "--resume/--overwrite",
-            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder.",
+            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder"
+            " with nothing else in it.",
             show_default="neither: an error if DST or an interrupted run is there",
         ),
     ] = None,

@@ -45,7 +45,8 @@ def quantize(
         bool | None,
         typer.Option(
             "--resume/--overwrite",
-            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder.",
+            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder"
+            " with nothing else in it.",
             show_default="neither: an error if DST or an interrupted run is there",
         ),
     ] = None,
@@ -149,9 +150,9 @@ def show_report(report: QuantizeReport) -> None:
 
 
 def note_leftovers(leftovers: tuple[Path, ...]) -> None:
-    """A line for each folder that was replaced and is still there."""
+    """A line for each folder that a run left beside the new one."""
     for path in leftovers:
-        console.note(f"what was replaced is still there, since not all of it could be removed: {path}")
+        console.note(f"left over from this run or an earlier one; remove it if you do not need it: {path}")
 
 
 def show_sizes(plan: QuantPlan, total_after: int) -> None:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import fourbit
-from fourbit.checkpoint import CheckpointError, destination, snapshot, staging
+from fourbit.checkpoint import CheckpointError, destination, staging
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
 from tests.folders import write_folder
@@ -214,85 +214,6 @@ def test_source_of_hard_links_of_the_destination(tmp_path, want):
     before = contents(src)
     quantize_checkpoint(src, dst, overwrite=True)
     assert contents(src) == before and (dst / "model.safetensors").read_bytes() == want["model.safetensors"]
-
-
-def fail_second_rename(monkeypatch, dst, error):
-    real = os.rename
-
-    def rename(old, new):
-        if str(new) == str(dst) and str(old).endswith(staging.DATA_FOLDER):
-            raise error
-        real(old, new)
-
-    monkeypatch.setattr(os, "rename", rename)
-
-
-def test_failed_rename_is_rolled_back(src, dst, want, monkeypatch):
-    before = contents(dst)
-    with monkeypatch.context() as patch:
-        fail_second_rename(patch, dst, PermissionError(13, "Permission denied"))
-        with pytest.raises(CheckpointError, match="cannot rename the finished folder .*--resume tries again"):
-            quantize_checkpoint(src, dst, overwrite=True)
-        assert contents(dst) == before
-    report = quantize_checkpoint(src, dst, resume=True)
-    assert contents(dst) == want and report.resumed_bytes == report.bytes_before
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("options", ({}, {"resume": True}, {"overwrite": True}), ids=str)
-def test_killed_between_the_renames(src, dst, want, monkeypatch, options):
-    """Nothing has the destination's name; the next run, whichever, gives the old folder its name back."""
-    before = contents(dst)
-    with monkeypatch.context() as patch:
-        fail_second_rename(patch, dst, Killed())
-        patch.setattr(staging.Stage, "_put_back", lambda self: None)  # a kill does not roll back
-        with pytest.raises(Killed):
-            quantize_checkpoint(src, dst, overwrite=True)
-    assert not dst.exists()
-    found = verify_checkpoint(dst)
-    assert str(staging.unfinished_folder(dst) / "replaced") in found.faults[0]
-    if not options:
-        with pytest.raises(CheckpointError, match="--resume continues it"):
-            quantize_checkpoint(src, dst)
-        assert contents(dst) == before
-        options = {"resume": True}
-    quantize_checkpoint(src, dst, **options)
-    assert contents(dst) == want and not staging.unfinished_folder(dst).exists()
-
-
-@pytest.mark.parametrize("options", ({}, {"resume": True}, {"overwrite": True}), ids=str)
-def test_killed_before_the_replaced_folder_is_removed(src, dst, want, monkeypatch, options):
-    with monkeypatch.context() as patch:
-        patch.setattr(staging.Stage, "remove_replaced", lambda self, replaces: None)
-        patch.setattr(staging.Stage, "release", lambda self, discard: self._lock.release())
-        quantize_checkpoint(src, dst, overwrite=True)
-    assert contents(dst) == want and (staging.unfinished_folder(dst) / "replaced").is_dir()
-    if options:
-        assert quantize_checkpoint(src, dst, **options).leftovers == ()
-    else:
-        with pytest.raises(CheckpointError, match="exists already"):
-            quantize_checkpoint(src, dst)
-    assert contents(dst) == want and not staging.unfinished_folder(dst).exists()
-
-
-def test_what_is_added_at_the_last_moment_is_kept_and_named(src, dst, want, monkeypatch):
-    """An open folder can still be written to after the rename: what is found there then is not removed."""
-    real = snapshot.remove
-
-    def remove(old, folder):
-        (folder / "letters.txt").write_text("dear")
-        return real(old, folder)
-
-    monkeypatch.setattr(snapshot, "remove", remove)
-    kept = dst.with_name("dst.replaced")
-    assert quantize_checkpoint(src, dst, overwrite=True).leftovers == (kept,)
-    assert contents(dst) == want and contents(kept) == {"letters.txt": b"dear"}
-    assert quantize_checkpoint(src, dst, fourbit.QuantConfig("fp4"), overwrite=True).leftovers == (
-        dst.with_name("dst.replaced-2"),
-    )
 
 
 def test_leftovers_of_earlier_versions_are_named(src, tmp_path):
