@@ -62,7 +62,9 @@ def check(
         require_same(replaces, dst, dst)
         return replaces
     if not overwrite:
-        raise CheckpointError(f"the destination {dst} exists already (--overwrite replaces it)")
+        left = unfinished_folder(dst)
+        or_else = f"; or move it elsewhere, and --resume continues {left}" if left.exists() else ""
+        raise CheckpointError(f"the destination {dst} exists already (--overwrite replaces it{or_else})")
     if not dst.is_dir():
         raise CheckpointError(f"the destination {dst} is not a folder, and is not replaced by one")
     if os.path.ismount(dst):

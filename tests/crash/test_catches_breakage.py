@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.crash import broken
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders cannot be flushed there")
 
 TESTS = Path(__file__).parents[1]
 
