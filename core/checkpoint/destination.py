@@ -17,6 +17,9 @@ UNFINISHED = ".unfinished"
 _NAMED = 10
 """Most names in a message."""
 
+_OF_TOOLS = re.compile(r"\.gitattributes|\.DS_Store|\.cache/huggingface/.*")
+"""Names of what programs leave in a model folder by themselves."""
+
 _MODEL_FILES = re.compile(
     r"(?:model|adapter_model|diffusion_pytorch_model)(?:-\d+-of-\d+)?\.safetensors"
     r"|(?:model|diffusion_pytorch_model)\.safetensors\.index\.json"
@@ -30,7 +33,8 @@ _MODEL_FILES = re.compile(
     r"|(?:vocab|merges)\.txt|(?:bpe\.codes|dict\.txt)|chat_template\.jinja"
     r"|(?:modeling|configuration|tokenization|processing|image_processing|generation)_\w+\.py|generation_utils\.py"
     r"|README\.md|(?:LICENSE|LICENCE|NOTICE|USE_POLICY)(?:\.txt|\.md)?"
-    r"|\.gitattributes|\.gitignore|\.DS_Store|\.cache/huggingface/.*|fourbit_manifest\.json"
+    r"|fourbit_manifest\.json"
+    rf"|{_OF_TOOLS.pattern}"
 )
 """Names that the format of a model folder knows; what has another one may be a user's own."""
 
@@ -110,22 +114,29 @@ def _strangers(dst: Path, found: Snapshot) -> list[str]:
     """What in a folder is not known to be a model's: all of it, if no weights are there."""
     files = [name for name, entry in found.entries.items() if len(entry) > 2]
     folders = {name for name in found.entries if name not in files}
-    known: set[str] = set()
+    names = _MODEL_FILES
     try:
         listing = manifest.read(dst)
-        if listing is not None:
-            known |= {entry["file"] for entry in listing["tensors"].values()} | set(listing["files"])
-    except CheckpointError:  # damaged; the names must do
-        pass
-    try:
-        known |= {file.name for file in layout.find_files(dst)[0]}
-    except CheckpointError:  # damaged, or several models
-        pass
-    others = [name for name in files if name not in known and not _MODEL_FILES.fullmatch(name)]
+    except CheckpointError:  # damaged; the usual names must do
+        listing = None
+    if listing is not None:  # with it every file that was written is known, and a model card may be the user's own
+        known = {entry["file"] for entry in listing["tensors"].values()} | {layout.MANIFEST_FILE, *listing["files"]}
+        names = _OF_TOOLS
+    else:
+        known = _opened(dst)
+    others = [name for name in files if name not in known and not names.fullmatch(name)]
     empty = [name for name in folders if not any(other.startswith(name + "/") for other in found.entries)]
     if not others and files and not any(name in known or name.endswith(".safetensors") for name in files):
         return files
     return sorted([*others, *(f"{name}/" for name in empty)])
+
+
+def _opened(folder: Path) -> set[str]:
+    """Names of the weight files that reading the folder would open."""
+    try:
+        return {file.name for file in layout.find_files(folder)[0]}
+    except CheckpointError:  # damaged, or several models
+        return set()
 
 
 def _names(names: list[str]) -> str:

@@ -132,6 +132,15 @@ def test_files_of_the_user_are_named_and_stay(src, dst, tmp_path, name, ours):
     assert not staging.unfinished_folder(folder).exists()
 
 
+@pytest.mark.parametrize("name", ("README.md", "modeling_own.py", "adapter_model.safetensors"))
+def test_what_a_folder_of_ours_did_not_have_at_first_is_the_users(src, dst, tmp_path, name):
+    """Names of the format are no licence where the manifest says what was written."""
+    (dst / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"something else than a model, and is not replaced: {name}. Move it"):
+        quantize_checkpoint(src, dst, overwrite=True)
+    assert (dst / name).read_text() == "mine"
+
+
 def test_weights_among_documents(src, tmp_path):
     """One .safetensors file does not make a model of a folder of documents."""
     (folder := tmp_path / "documents").mkdir()
