@@ -7,6 +7,7 @@ the other files, the manifest, a check of all that was written, and last of all 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from fourbit.checkpoint import destination, journal, layout, manifest, others, output, shards, staging, verify, writer
 from fourbit.checkpoint import fingerprint as fingerprints
-from fourbit.checkpoint import journal, layout, manifest, output, shards, staging, verify, writer
 from fourbit.checkpoint.errors import CheckpointError, LayoutError, SourceChangedError
 from fourbit.checkpoint.pipeline import Pipeline
 from fourbit.checkpoint.reader import Checkpoint
+from fourbit.checkpoint.snapshot import Snapshot
 from fourbit.functional import NonFiniteError
 
 Progress = Callable[[str, int, int], None]
@@ -29,6 +31,7 @@ SMALL_BUDGET = 1 << 26
 """Bytes that may be in memory between reading and writing however small the tensors are."""
 
 R = TypeVar("R")
+Entry = tuple[shards.Shard, shards.Item]
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,13 @@ class Built:
     Attributes:
         copied: other files carried over; left_out: files with weights in other forms, which were not.
         resumed_bytes: of the source, that an earlier run had done.
+        leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
     resumed_bytes: int
+    leftovers: tuple[Path, ...]
 
 
 def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | None) -> Built:
@@ -86,37 +91,40 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
     Args:
         job: what to write.
         overwrite: begin afresh, and replace the destination if it is a model folder.
-        resume: continue an unfinished folder, if there is one; what is finished already stays.
+        resume: continue an unfinished folder, if there is one; what is finished already stays. Where the source's
+            files are others than those that were read, though nothing shows in them, what is done is converted again
+            and compared.
         progress: called after each tensor, in this thread.
 
     Raises:
-        CheckpointError: the source changed, the destination exists or cannot be written.
+        CheckpointError: the source changed, the destination exists or cannot be written, or was finished and is
+            damaged since.
         NonFiniteError: from `convert`. What is unfinished is removed then, since no later run would do better.
     """
     source, target = job.checkpoint.path, job.target
+    others.require_free_names(job.checkpoint)
     fingerprint = fingerprints.of(job.checkpoint, job.settings, job.layouts)
-    if resume and _is_finished(target, fingerprint):
-        _remove_leftover(target)
-        return Built(*_other_files(job), job.checkpoint.nbytes)
-    left = staging.unfinished_folder(target)
+    kept = staging.tidy(target)
+    left = destination.unfinished_folder(target)
     begun = journal.read(left) if resume else None
-    replace = overwrite or (begun is not None and begun.replace)
-    staging.check_destination(source, target, replace)
+    replaces = begun.replaces if begun is not None else None
+    if resume and replaces is None and _is_finished(job, fingerprint):
+        return Built(*others.names(job.checkpoint), job.checkpoint.nbytes, _leftovers(target, kept))
     if left.is_dir() and not (overwrite or resume):
-        staging.check_unlocked(target)
         raise CheckpointError(
             f"an unfinished run of {target} is there ({left}): --resume continues it, --overwrite starts afresh"
         )
-    if begun is not None and begun.fingerprint != fingerprint:
-        what = "; ".join(fingerprints.differences(begun.fingerprint, fingerprint))
+    read = fingerprints.files(job.checkpoint).values()
+    replaces = destination.check(source, read, target, overwrite, replaces)
+    if begun is not None and (changes := fingerprints.differences(begun.fingerprint, fingerprint)):
+        what = "; ".join(changes)
         raise CheckpointError(f"the unfinished run of {target} cannot be resumed: {what}. --overwrite starts afresh")
     stage = staging.Stage(target)
     discard = False
     try:
-        built = _fill(job, stage, fingerprint, resume, replace, progress)
-        stage.publish(replace)
+        copied, left_out, resumed = _fill(job, stage, fingerprint, resume, replaces, progress)
+        kept = stage.publish(replaces) or kept
         discard = True
-        return built
     except (NonFiniteError, LayoutError, SourceChangedError):
         discard = True
         raise
@@ -128,6 +136,7 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
         raise CheckpointError(f"cannot write {target}: {reason} ({where}){advice}") from error
     finally:
         stage.release(discard or not _has_tensors(stage.folder))
+    return Built(copied, left_out, resumed, _leftovers(target, kept))
 
 
 def _fill(
@@ -135,42 +144,56 @@ def _fill(
     stage: staging.Stage,
     fingerprint: dict[str, Any],
     resume: bool,
-    replace: bool,
+    replaces: Snapshot | None,
     progress: Progress | None,
-) -> Built:
+) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """Write all of `data/`. Returns the names of other files, copied and left out, and the source bytes resumed."""
     begun = journal.read(stage.folder) if resume else None  # again, now that nobody else writes it
     done: dict[str, int] = {}
     hashes: dict[str, dict[str, str]] = {}
-    if begun is None or begun.fingerprint != fingerprint or not stage.data.is_dir():
+    if begun is None or fingerprints.differences(begun.fingerprint, fingerprint) or not stage.data.is_dir():
         stage.clear()
     else:
         done = output.recover(stage.data, job.layouts, begun.hashes)
         kept = [item.source for shard in job.layouts for item in shard.items[: done.get(shard.file, 0)]]
         hashes = {name: begun.hashes[name] for name in kept}
+        if begun.fingerprint != fingerprint:
+            try:
+                _compare(job, hashes)
+            except SourceChangedError as error:
+                raise CheckpointError(
+                    f"the unfinished run of {stage.dst} cannot be resumed: {error}. --overwrite starts afresh"
+                ) from None
     todo = [(shard, item) for shard in job.layouts for item in shard.items[done.get(shard.file, 0) :]]
     headers = sum(len(shard.header) for shard in job.layouts)
     staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo))
-    book = journal.Journal(stage.folder, journal.Records(fingerprint, replace, hashes))
+    book = journal.Journal(stage.folder, journal.Records(fingerprint, replaces, hashes))
     try:
         resumed = _write_weights(job, stage, book, done, todo, progress)
     finally:
         book.close()
-    copied, left_out = _write_others(job, stage.data)
-    others = [*copied]
+    copied, left_out = others.write(job.checkpoint, stage.data, job.layouts, job.config)
+    now = fingerprints.of_source(job.checkpoint)
+    if changes := fingerprints.differences(fingerprint, {**fingerprint, "source": now}):
+        what = "; ".join(changes)
+        raise SourceChangedError(f"{what} while it was read; what was written is removed, please start again")
+    if now != fingerprint["source"]:
+        try:
+            _compare(job, book.hashes)
+        except SourceChangedError as error:
+            raise SourceChangedError(f"{error}; what was written is removed, please start again") from None
+    fingerprint = {**fingerprint, "source": now}
+    written = [*copied]
     if job.config is not None:
-        others.append(layout.CONFIG_FILE)
+        written.append(layout.CONFIG_FILE)
     if len(job.layouts) > 1:
-        others.append(layout.INDEX_FILE)
-    listing = manifest.build(stage.data, job.layouts, book.hashes, sorted(others), fingerprint)
+        written.append(layout.INDEX_FILE)
+    listing = manifest.build(stage.data, job.layouts, book.hashes, sorted(written), fingerprint)
     writer.write_json(stage.data / layout.MANIFEST_FILE, listing)
     fault = next(iter(verify.against_manifest(stage.data, listing)), None)
     if fault is not None:
         raise CheckpointError(f"reading back what was written failed: {fault}")
-    now = fingerprints.of_source(job.checkpoint)
-    if now != fingerprint["source"]:
-        what = "; ".join(fingerprints.differences(fingerprint, {**fingerprint, "source": now}))
-        raise SourceChangedError(f"{what} while it was read; what was written is removed, please start again")
-    return Built(copied, left_out, resumed)
+    return copied, left_out, resumed
 
 
 def _write_weights(
@@ -178,7 +201,7 @@ def _write_weights(
     stage: staging.Stage,
     book: journal.Journal,
     done: Mapping[str, int],
-    todo: Sequence[tuple[shards.Shard, shards.Item]],
+    todo: Sequence[Entry],
     progress: Progress | None,
 ) -> int:
     """Do the items that are not done. Returns the source bytes that were."""
@@ -186,7 +209,7 @@ def _write_weights(
     resumed = count = total - sum(job.source_bytes(item) for _, item in todo)
     target = output.Output(stage.data, book, done)
 
-    def written(entry: tuple[shards.Shard, shards.Item]) -> None:
+    def written(entry: Entry) -> None:
         nonlocal count
         count += job.source_bytes(entry[1])
         if progress is not None:
@@ -194,16 +217,8 @@ def _write_weights(
 
     if progress is not None and resumed and todo:
         progress(todo[0][1].source, resumed, total)
-    pipeline: Pipeline[tuple[shards.Shard, shards.Item], R, Mapping[str, Tensor]] = Pipeline(
-        read=lambda entry: job.read(entry[1]),
-        convert=lambda entry, content: job.convert(entry[1], content),
-        write=lambda entry, tensors: target.write(*entry, tensors),
-        cost=lambda entry: job.cost(entry[1]),
-        budget=job.budget,
-        done=written,
-    )
     try:
-        pipeline.run(todo)
+        _pipeline(job, lambda entry, tensors: target.write(*entry, tensors), written).run(todo)
         for shard in job.layouts:
             if not shard.items:
                 target.write_empty(shard)
@@ -215,39 +230,63 @@ def _write_weights(
     return resumed
 
 
-def _write_others(job: Job[R], folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if job.checkpoint.path.is_dir():
-        writer.copy_other_files(job.checkpoint.path, folder)
-    if len(job.layouts) > 1:
-        writer.write_json(folder / layout.INDEX_FILE, shards.index(job.layouts))
-    if job.config is not None:
-        writer.write_json(folder / layout.CONFIG_FILE, job.config)
-    return _other_files(job)
+def _compare(job: Job[R], hashes: Mapping[str, Mapping[str, str]]) -> None:
+    """Convert again what is in `hashes`. Raises SourceChangedError if it comes out otherwise.
+
+    Args:
+        hashes: for tensors of the source, the SHA-256 of each tensor that it became.
+    """
+
+    def compare(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+        name = entry[1].source
+        if writer.hashes_of(entry[1], tensors) != hashes.get(name):
+            raise SourceChangedError(f"the source's {job.checkpoint.info(name).file} has changed: {name!r} is another")
+
+    entries = [(shard, item) for shard in job.layouts for item in shard.items if item.source in hashes]
+    _pipeline(job, compare, lambda entry: None).run(entries)
 
 
-def _other_files(job: Job[R]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the files carried over, and of files with weights that are not read."""
-    if not job.checkpoint.path.is_dir():
-        return (), ()
-    copied, weights = writer.other_files(job.checkpoint.path)
-    used = {file.name for file in job.checkpoint.files} | {layout.INDEX_FILE}
-    return tuple(copied), tuple(name for name in weights if name not in used)
+def _pipeline(
+    job: Job[R], write: Callable[[Entry, Mapping[str, Tensor]], None], done: Callable[[Entry], None]
+) -> Pipeline[Entry, R, Mapping[str, Tensor]]:
+    return Pipeline(
+        read=lambda entry: job.read(entry[1]),
+        convert=lambda entry, content: job.convert(entry[1], content),
+        write=write,
+        cost=lambda entry: job.cost(entry[1]),
+        budget=job.budget,
+        done=done,
+    )
 
 
-def _is_finished(target: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether an earlier run of this fingerprint came to its end."""
-    try:
-        found = manifest.read(target)
-    except CheckpointError:
+def _is_finished(job: Job[R], fingerprint: dict[str, Any]) -> bool:
+    """Whether an earlier run came to this end, and all of it is still there. Raises CheckpointError if it is not."""
+    target = job.target
+    found = manifest.read(target) if target.is_dir() else None
+    if found is None or fingerprints.differences(found["fingerprint"], fingerprint):
         return False
-    return found is not None and found["fingerprint"] == fingerprint
+    faults = verify.verify_checkpoint(target).faults
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckpointError(
+            f"{target} was finished and is damaged since: {faults[0]}{more}. --overwrite writes it anew"
+        )
+    if found["fingerprint"]["source"] != fingerprint["source"]:
+        tensors = found["tensors"]
+        items = [item for shard in job.layouts for item in shard.items]
+        try:
+            _compare(job, {item.source: {p.name: tensors[p.name]["sha256"] for p in item.parts} for item in items})
+        except (SourceChangedError, KeyError) as error:
+            raise CheckpointError(f"{target} was made of another source: {error}. --overwrite writes it anew") from None
+    return True
 
 
-def _remove_leftover(target: Path) -> None:
-    """A run that ended between the rename and its cleaning up leaves a folder without data."""
-    left = staging.unfinished_folder(target)
-    if left.is_dir() and not (left / staging.DATA_FOLDER).exists():
-        staging.Stage(target).release(discard=True)
+def _leftovers(target: Path, kept: Path | None) -> tuple[Path, ...]:
+    """Folders beside the destination that could not be removed, and unfinished ones of other runs or versions."""
+    old = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{8}\.replaced")
+    found = [path for path in target.parent.iterdir() if old.fullmatch(path.name)]
+    left = destination.unfinished_folder(target)
+    return tuple(sorted({*found, *(path for path in (kept, left) if path is not None and path.exists())}))
 
 
 def _has_tensors(folder: Path) -> bool:

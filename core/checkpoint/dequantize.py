@@ -32,6 +32,7 @@ class DequantizeReport:
         copied: other files carried over; left_out: files with weights in other forms, which were not.
         resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
+        leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
     source: Path
@@ -45,6 +46,7 @@ class DequantizeReport:
     left_out: tuple[str, ...]
     resumed_bytes: int
     seconds: float
+    leftovers: tuple[Path, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -60,6 +62,7 @@ class DequantizeReport:
             "left_out": list(self.left_out),
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
+            "leftovers": [str(path) for path in self.leftovers],
         }
 
 
@@ -85,8 +88,9 @@ def dequantize_checkpoint(
         dtype: float32, bfloat16 or float16 for the 4-bit weights; None: for each the one that was quantized.
             Other tensors keep theirs.
         device: where to dequantize.
-        overwrite: replace `dst` if it is a model folder already; until the new one is complete it stays. Begin
-            afresh if there is an unfinished folder.
+        overwrite: replace `dst` if it is a model folder already, with nothing else in it; until the new one is
+            complete it stays, and if it has changed by then it stays, too. Begin afresh if there is an unfinished
+            folder.
         resume: continue an unfinished folder if there is one; the bytes are those of an uninterrupted run.
         progress: called after each tensor.
         max_shard_bytes: size at which the next weight file is begun.
@@ -131,6 +135,7 @@ def dequantize_checkpoint(
         left_out=built.left_out,
         resumed_bytes=built.resumed_bytes,
         seconds=time.perf_counter() - begin,
+        leftovers=built.leftovers,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fourbit.checkpoint import layout
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.output import hash_of
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.shards import Shard
 from fourbit.checkpoint.writer import other_files
@@ -23,36 +24,54 @@ def of(checkpoint: Checkpoint, settings: dict[str, Any], layouts: Iterable[Shard
 
 
 def of_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Size and time of change of each file that is read, and the SHA-256 of headers and of config.json.
+    """What each file that is read is: of weights size, header, inode and times, of all others size and SHA-256.
 
     Raises CheckpointError if a file cannot be read (any more).
     """
-    folder = checkpoint.path if checkpoint.path.is_dir() else None
+    return {name: _of_file(file, name) for name, file in sorted(files(checkpoint).items())}
+
+
+def files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Every file of the source that is read, by name relative to the folder."""
+    whole = checkpoint.path.is_dir()
+    folder = checkpoint.path if whole else checkpoint.path.parent
     names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
-    if folder is not None:
-        extra = [layout.CONFIG_FILE, layout.INDEX_FILE, *other_files(folder)[0]]
-        names |= {name: folder / name for name in extra if (folder / name).is_file()}  # no pipe
-    return {name: _of_file(names[name], name) for name in sorted(names)}
+    own = [layout.CONFIG_FILE]
+    if whole:
+        names |= {name: folder / name for name in other_files(folder)[0]}
+        own.append(layout.INDEX_FILE)
+    return names | {name: folder / name for name in own if layout.is_there(folder / name)}
+
+
+_IDENTITY = ("ctime_ns", "inode")
+"""Also another after a copy or a new link, of which the content need not be another."""
 
 
 def _of_file(path: Path, name: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as stream:
             stat = os.fstat(stream.fileno())
-            found: dict[str, Any] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            if name.endswith(".safetensors"):
-                length = stream.read(8)
-                header = stream.read(min(int.from_bytes(length, "little"), stat.st_size))
-                found["header_sha256"] = hashlib.sha256(length + header).hexdigest()
-            elif name == layout.CONFIG_FILE:
-                found["sha256"] = hashlib.sha256(stream.read()).hexdigest()
-            return found
+            if not name.endswith(".safetensors"):
+                return {"bytes": stat.st_size, "sha256": hash_of(stream, stat.st_size)}
+            length = stream.read(8)
+            header = stream.read(min(int.from_bytes(length, "little"), stat.st_size))
+            return {
+                "bytes": stat.st_size,
+                "mtime_ns": stat.st_mtime_ns,
+                "ctime_ns": stat.st_ctime_ns,
+                "inode": stat.st_ino,
+                "header_sha256": hashlib.sha256(length + header).hexdigest(),
+            }
     except OSError as error:
         raise CheckpointError(f"the source's {path} cannot be read: {error.strerror or error}") from error
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """In words, what is not the same in two fingerprints."""
+    """In words, what is not the same in two fingerprints, beside the identity of source files.
+
+    Where only that differs, the content may be the same or not; converting it again tells.
+    """
+    old, new = {**old, "source": _content(old.get("source"))}, {**new, "source": _content(new["source"])}
     found = []
     if old.get("fourbit") != new["fourbit"]:
         found.append(f"fourbit is {new['fourbit']}, was {old.get('fourbit')}")
@@ -65,6 +84,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if not found and old != new:
         found.append("the plan is another")
     return found
+
+
+def _content(source: Any) -> dict[str, Any]:
+    """The entries of `of_source` less what tells a file from a copy of it."""
+    entries = source if isinstance(source, dict) else {}
+    return {
+        name: {key: value for key, value in entry.items() if key not in _IDENTITY} if isinstance(entry, dict) else entry
+        for name, entry in entries.items()
+    }
 
 
 def _changed(old: Any, new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

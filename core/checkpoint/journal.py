@@ -1,6 +1,6 @@
 """The journal of an unfinished folder: what it is to become, and which tensors are in it already.
 
-JSON, one value a line. The first is `{"format", "fingerprint", "replace"}`; every other
+JSON, one value a line. The first is `{"format", "fingerprint", "replaces"}`; every other
 `{"tensor": name, "sha256": {stored name: hexadecimal}}`, appended only when the tensor is on the disk. A line that
 was torn by a crash ends the journal.
 """
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fourbit.checkpoint import layout, snapshot
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.snapshot import Snapshot
 from fourbit.checkpoint.writer import atomic_file, flush_to_disk
 
-FORMAT = 1
+FORMAT = 2
 JOURNAL_FILE = "journal.jsonl"
 
 
@@ -26,12 +28,12 @@ class Records:
 
     Attributes:
         fingerprint: of everything that determines the output.
-        replace: whether the run may replace an existing destination.
+        replaces: the destination as it was when the run began, which it may replace; None: nothing may be.
         hashes: for each tensor of the source that is written, the SHA-256 of each tensor it became.
     """
 
     fingerprint: dict[str, Any]
-    replace: bool
+    replaces: Snapshot | None
     hashes: dict[str, dict[str, str]]
 
 
@@ -42,9 +44,11 @@ class Journal:
         """Write the journal anew, as far as it is known to be right, and open it."""
         path = folder / JOURNAL_FILE
         with atomic_file(path) as stream:
-            head = {"format": FORMAT, "fingerprint": records.fingerprint, "replace": records.replace}
+            replaces = None if records.replaces is None else records.replaces.to_json()
+            head = {"format": FORMAT, "fingerprint": records.fingerprint, "replaces": replaces}
             stream.write(_line(head))
             stream.writelines(_line({"tensor": name, "sha256": parts}) for name, parts in records.hashes.items())
+        layout.sync_folder(folder)
         self._stream: IO[bytes] = open(path, "ab")  # noqa: SIM115
         self.hashes = dict(records.hashes)
 
@@ -82,7 +86,7 @@ def read(folder: Path) -> Records | None:
         if value is None or not isinstance(value.get("tensor"), str) or not isinstance(value.get("sha256"), dict):
             break
         hashes[value["tensor"]] = value["sha256"]
-    return Records(head["fingerprint"], head.get("replace") is True, hashes)
+    return Records(head["fingerprint"], snapshot.from_json(head.get("replaces")), hashes)
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

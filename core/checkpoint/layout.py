@@ -33,9 +33,9 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(f"{path} is neither a folder nor a .safetensors file")
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
-    if (path / SINGLE_FILE).is_file():  # the order in which transformers looks
+    if is_there(path / SINGLE_FILE):  # the order in which transformers looks
         return [path / SINGLE_FILE], None
-    if (path / INDEX_FILE).is_file():
+    if is_there(path / INDEX_FILE):
         return _from_index(path / INDEX_FILE)
     for pattern, opened in (("*.safetensors.index.json", _from_index), ("*.safetensors", _single)):
         found = sorted(p for p in path.glob(pattern) if p.is_file())
@@ -78,6 +78,23 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file of that name is there.
+
+    Raises CheckpointError for what only looks absent or would never end: a link that leads nowhere, a pipe, a
+    folder, or what cannot be looked at.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked at: {error.strerror or error}") from error
+    if not _is_file(path):
+        raise CheckpointError(f"{path} is no file, or a link that leads nowhere")
+    return True
+
+
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json.loads: an object in which a name is there twice is an error. Readers differ in which they take."""
     found = dict(pairs)
@@ -109,6 +126,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, want an object")
     return value
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync_folder` for a folder and all below it."""
+    for inner, _, _ in os.walk(folder, topdown=False):
+        sync_folder(Path(inner))
 
 
 def sync_folder(folder: Path) -> None:

@@ -75,7 +75,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any] | None:
     """A folder's manifest, every field checked; None if there is none. Raises CheckpointError, naming the field."""
     path = folder / layout.MANIFEST_FILE
-    if not path.is_file():
+    if not layout.is_there(path):
         return None
     value = layout.read_json(path)
     if value.get("format") != FORMAT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import IO
 
 from torch import Tensor
 
+from fourbit.checkpoint import layout
 from fourbit.checkpoint.journal import Journal
 from fourbit.checkpoint.shards import Item, Shard
-from fourbit.checkpoint.writer import CHUNK_BYTES, ShardWriter, flush_to_disk
+from fourbit.checkpoint.writer import CHUNK_BYTES, ShardWriter, flush_to_disk, temporary
 
 SYNC_BYTES = 1 << 28
 SYNC_SECONDS = 2.0
@@ -21,7 +23,7 @@ SYNC_SECONDS = 2.0
 
 
 class Output:
-    """Writes tensors one after the other to `<shard>.tmp`, which gets its name once all of it is on the disk.
+    """Writes tensors one after the other to a temporary file, which gets its name once all of it is on the disk.
 
     Args:
         folder: to write to.
@@ -67,6 +69,7 @@ class Output:
         path = temporary(self._folder / shard.file)
         # what was recovered ends at the end of an item
         self._stream = open(path, "ab" if self._done.get(shard.file) else "wb")  # noqa: SIM115
+        layout.sync_folder(self._folder)  # what will be noted has a name then
         self._shard = shard
         self._writer = ShardWriter(self._stream, shard)
 
@@ -89,11 +92,6 @@ class Output:
         self._pending, self._pending_bytes, self._synced = {}, 0, time.monotonic()
 
 
-def temporary(path: Path) -> Path:
-    """The name of a file until it is complete."""
-    return path.with_name(path.name + ".tmp")
-
-
 def recover(folder: Path, layouts: Sequence[Shard], hashes: Mapping[str, dict[str, str]]) -> dict[str, int]:
     """How many items of each shard are in `folder`, right to the last bit; whatever follows them is removed.
 
@@ -101,6 +99,7 @@ def recover(folder: Path, layouts: Sequence[Shard], hashes: Mapping[str, dict[st
     short nor one that was changed is continued. Raises OSError.
     """
     done: dict[str, int] = {}
+    _remove_others(folder, layouts)
     whole = True
     for shard in layouts:
         path = folder / shard.file
@@ -120,6 +119,19 @@ def recover(folder: Path, layouts: Sequence[Shard], hashes: Mapping[str, dict[st
             path.unlink(missing_ok=True)
             temporary(path).unlink(missing_ok=True)
     return done
+
+
+def _remove_others(folder: Path, layouts: Sequence[Shard]) -> None:
+    """All but weight files: they are copied again, and nothing else may be left to be published."""
+    files = [folder / shard.file for shard in layouts]
+    keep = {path.name for file in files for path in (file, temporary(file))}
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _intact(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class QuantizeReport:
         copied: other files carried over; left_out: files with weights in other forms, which were not.
         resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
+        leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
     source: Path
@@ -50,6 +51,7 @@ class QuantizeReport:
     left_out: tuple[str, ...]
     resumed_bytes: int
     seconds: float
+    leftovers: tuple[Path, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -63,6 +65,7 @@ class QuantizeReport:
             "left_out": list(self.left_out),
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
+            "leftovers": [str(path) for path in self.leftovers],
             "plan": self.plan.to_dict(),
         }
 
@@ -85,10 +88,11 @@ def quantize_checkpoint(
         dst: the new folder. It is there only once it is complete.
         config: how to quantize; default QuantConfig().
         device: where to quantize.
-        overwrite: replace `dst` if it is a model folder already; until the new one is complete it stays. Begin
-            afresh if there is an unfinished folder.
+        overwrite: replace `dst` if it is a model folder already, with nothing else in it; until the new one is
+            complete it stays, and if it has changed by then it stays, too. Begin afresh if there is an unfinished
+            folder.
         resume: continue an unfinished folder if there is one; the bytes are those of an uninterrupted run. A
-            `dst` that such a run has finished is left as it is.
+            `dst` that such a run has finished is left as it is, if every hash is still right.
         progress: called after each tensor.
         max_shard_bytes: size at which the next weight file is begun.
 
@@ -124,6 +128,7 @@ def quantize_checkpoint(
         *(source, target, planned, tuple(s.file for s in job.layouts), checkpoint.nbytes),
         *(sum(item.nbytes for item in items), built.copied, built.left_out, built.resumed_bytes),
         time.perf_counter() - begin,
+        built.leftovers,
     )
 
 

@@ -127,10 +127,10 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json beside the weights, {} if there is none."""
+        """The parsed config.json beside the weights, {} if there is none. Raises CheckpointError if it is no file."""
         folder = self.path if self.path.is_dir() else self.path.parent
         file = folder / layout.CONFIG_FILE
-        return layout.read_json(file) if file.is_file() else {}
+        return layout.read_json(file) if layout.is_there(file) else {}
 
     @property
     def nbytes(self) -> int:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourbit.checkpoint import manifest, staging
+from fourbit.checkpoint import destination, journal, layout, manifest, staging
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.output import hash_of
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.state import dtype_name
+
+_UNREAD = re.compile(r".*\.(?:md|png|jpe?g|gif|svg|pdf|log)|(?:LICEN[SC]E|NOTICE|COPYING)(?:\.txt)?", re.IGNORECASE)
+"""Names of files that no loader of models reads or runs."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Verification:
         tensors, quantized: as stored, and how many weights are in 4 bits.
         nbytes: of all tensors.
         faults: one line for each.
+        notices: files that the manifest does not know, and that no loader of models reads or runs; one line for each.
     """
 
     path: Path
@@ -34,6 +40,7 @@ class Verification:
     quantized: int
     nbytes: int
     faults: tuple[str, ...]
+    notices: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -51,6 +58,7 @@ class Verification:
             "quantized": self.quantized,
             "bytes": self.nbytes,
             "faults": list(self.faults),
+            "notices": list(self.notices),
         }
 
 
@@ -60,12 +68,12 @@ def verify_checkpoint(path: str | Path) -> Verification:
     What is wrong with it comes back as faults; nothing is raised for that.
     """
     folder = Path(path).expanduser().resolve()
-    left = staging.unfinished_folder(folder)
+    left = destination.unfinished_folder(folder)
     if staging.is_unfinished(folder) or (not folder.exists() and left.is_dir()):
         what = folder if staging.is_unfinished(folder) else left
-        fault = f"{what} is an unfinished folder: `fourbit quantize --resume` continues it"
-        return Verification(folder, False, False, 0, 0, 0, (fault,))
+        return Verification(folder, False, False, 0, 0, 0, (_unfinished(what),))
     faults: list[str] = []
+    notices: list[str] = []
     listing: dict[str, Any] | None = None
     try:
         listing = manifest.read(folder)
@@ -78,9 +86,10 @@ def verify_checkpoint(path: str | Path) -> Verification:
             facts = (len(checkpoint.entries), len(checkpoint.quantized()), checkpoint.nbytes)
             if listing is not None:
                 faults += against_manifest(folder, listing, checkpoint)
+                notices += unknown_files(folder, listing, checkpoint)[1]
     except CheckpointError as error:
         return Verification(folder, has_manifest, True, 0, 0, 0, (*faults, str(error)))
-    return Verification(folder, has_manifest, True, *facts, tuple(faults))
+    return Verification(folder, has_manifest, True, *facts, tuple(faults), tuple(notices))
 
 
 def consistency(checkpoint: Checkpoint) -> Iterator[str]:
@@ -106,7 +115,7 @@ def consistency(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint | None = None) -> Iterator[str]:
-    """What is not as the manifest says: names, dtypes, shapes, places, counts, and every hash.
+    """What is not as the manifest says: names, dtypes, shapes, places, counts, every hash, and files that it lacks.
 
     Raises CheckpointError if the folder cannot be opened as a checkpoint.
     """
@@ -140,6 +149,43 @@ def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint |
             yield f"{path} is missing"
         elif path.stat().st_size != want["bytes"] or _hash(path, 0, want["bytes"]) != want["sha256"]:
             yield f"{path} is not as it was written"
+    yield from unknown_files(folder, listing, checkpoint)[0]
+
+
+def unknown_files(folder: Path, listing: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Files that the manifest does not know: those that a loader may read or run, and the others."""
+    known = {*listing["files"], layout.MANIFEST_FILE, *(entry["file"] for entry in listing["tensors"].values())}
+    known |= {file.name for file in checkpoint.files}  # one without a tensor; those of others were compared
+    faults: list[str] = []
+    notices: list[str] = []
+    if not folder.is_dir():
+        return faults, notices
+    for inner, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(inner) / name).is_symlink()]
+        for name in sorted([*files, *links]):
+            relative = (Path(inner) / name).relative_to(folder)
+            if relative.as_posix() not in known:
+                harmless = any(part.startswith(".") for part in relative.parts) or _UNREAD.fullmatch(name)
+                found = notices if harmless else faults
+                found.append(f"{folder / relative} is there, and the manifest does not know it")
+    return faults, notices
+
+
+def _unfinished(left: Path) -> str:
+    """That a folder is unfinished, and what continues it."""
+    folder = left.parent if left.name == staging.DATA_FOLDER else left
+    try:
+        begun = journal.read(folder)
+    except CheckpointError:
+        begun = None
+    command = "the command that began it, with --resume,"
+    if begun is not None:
+        settings = begun.fingerprint.get("settings")
+        dequantizing = isinstance(settings, dict) and "dequantize" in settings
+        command = f"`fourbit {'dequantize' if dequantizing else 'quantize'} --resume`"
+    replaced = folder / staging.REPLACED_FOLDER
+    kept = f"; the folder that it was to replace is {replaced}" if replaced.exists() else ""
+    return f"{left} is an unfinished folder: {command} continues it{kept}"
 
 
 def _hash(path: Path, offset: int, nbytes: int) -> str | None:

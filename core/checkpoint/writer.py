@@ -31,11 +31,16 @@ _WEIGHT_SUFFIXES = (
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to; it is under its name only once all of it is on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
+    with open(temporary(path), "wb") as stream:
         yield stream
         flush_to_disk(stream)
-    os.replace(temporary, path)
+    os.replace(temporary(path), path)
+
+
+def temporary(path: Path) -> Path:
+    """The name of a file until it is complete: hidden, which no file is that is carried over, and never too long."""
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    return path.with_name(f".{digest[:16]}.tmp")
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:
@@ -74,9 +79,7 @@ class ShardWriter:
 
         Returns the SHA-256 of each, in hexadecimal, by name.
         """
-        if set(tensors) != {part.name for part in item.parts}:
-            raise LayoutError(f"{item.source}: got {sorted(tensors)}, not what the layout says")
-        return {part.name: self._write(_data(part, tensors[part.name])) for part in item.parts}
+        return {part.name: self._write(data) for part, data in _parts(item, tensors)}
 
     def _write(self, data: memoryview) -> str:
         digest = hashlib.sha256()
@@ -85,6 +88,17 @@ class ShardWriter:
             digest.update(chunk)
             self._stream.write(chunk)
         return digest.hexdigest()
+
+
+def hashes_of(item: Item, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What `ShardWriter.write` returns, without writing."""
+    return {part.name: hashlib.sha256(data).hexdigest() for part, data in _parts(item, tensors)}
+
+
+def _parts(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Part, memoryview]]:
+    if set(tensors) != {part.name for part in item.parts}:
+        raise LayoutError(f"{item.source}: got {sorted(tensors)}, not what the layout says")
+    return ((part, _data(part, tensors[part.name])) for part in item.parts)
 
 
 def _data(part: Part, tensor: Tensor) -> memoryview:

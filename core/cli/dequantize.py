@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fourbit.cli import console, options
+from fourbit.cli.quantize import note_leftovers
 
 if TYPE_CHECKING:
     from fourbit.checkpoint.dequantize import DequantizeReport
@@ -30,7 +31,8 @@ def dequantize(
         bool | None,
         typer.Option(
             "--resume/--overwrite",
-            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder.",
+            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder"
+            " with nothing else in it.",
             show_default="neither: an error if DST or an interrupted run is there",
         ),
     ] = None,
@@ -43,7 +45,7 @@ def dequantize(
     it is there and was read back; an interrupted run can be continued with --resume.
     """
     from fourbit.checkpoint.dequantize import dequantize_checkpoint
-    from fourbit.checkpoint.staging import unfinished_folder
+    from fourbit.checkpoint.destination import unfinished_folder
     from fourbit.config import as_compute_dtype
 
     try:
@@ -82,6 +84,7 @@ def show(report: DequantizeReport) -> None:
         console.note(f"resumed: an earlier run had done {done}")
     if report.left_out:
         console.note(f"not copied, since they hold weights in another form: {', '.join(report.left_out)}")
+    note_leftovers(report.leftovers)
     console.out.print(
         f"{len(report.dequantized)} weights dequantized, {len(report.carried)} other tensors carried over;"
         f" {report.bytes_before:,} -> {report.bytes_after:,} bytes",

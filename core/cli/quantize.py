@@ -45,7 +45,8 @@ def quantize(
         bool | None,
         typer.Option(
             "--resume/--overwrite",
-            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder.",
+            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder"
+            " with nothing else in it.",
             show_default="neither: an error if DST or an interrupted run is there",
         ),
     ] = None,
@@ -81,15 +82,17 @@ def check_and_plan(
     src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
+    from fourbit.checkpoint import destination, fingerprint, others
     from fourbit.checkpoint.quantize import output_items, require_unquantized
     from fourbit.checkpoint.reader import Checkpoint
-    from fourbit.checkpoint.staging import check_destination
     from fourbit.plans import plan
 
     source = src.expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
-        check_destination(source, dst.expanduser().resolve(), overwrite or resume)
+        target = dst.expanduser().resolve()
+        others.require_free_names(checkpoint)
+        destination.check(source, fingerprint.files(checkpoint).values(), target, overwrite or resume)
         planned = plan(source, config, device=device)
         return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
 
@@ -98,8 +101,8 @@ def run(
     src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool = False
 ) -> QuantizeReport:
     """Quantize with a bar. `fourbit demo` goes through here too."""
+    from fourbit.checkpoint.destination import unfinished_folder
     from fourbit.checkpoint.quantize import quantize_checkpoint
-    from fourbit.checkpoint.staging import unfinished_folder
 
     with console.byte_progress() as bar:
         task = bar.add_task("quantizing", total=None)
@@ -142,7 +145,14 @@ def show_report(report: QuantizeReport) -> None:
     if report.left_out:
         names = ", ".join(report.left_out)
         console.note(f"not copied, since they hold weights in another form: {names}")
+    note_leftovers(report.leftovers)
     show_sizes(report.plan, report.bytes_after)
+
+
+def note_leftovers(leftovers: tuple[Path, ...]) -> None:
+    """A line for each folder that a run left beside the new one."""
+    for path in leftovers:
+        console.note(f"left over from this run or an earlier one; remove it if you do not need it: {path}")
 
 
 def show_sizes(plan: QuantPlan, total_after: int) -> None:

@@ -17,8 +17,9 @@ def verify(
     """Check a model folder against its manifest and its own metadata.
 
     Every byte is read and every hash compared; every 4-bit weight's state must fit its weight. A folder without a
-    manifest, such as bitsandbytes' own, is checked for its own consistency. The exit status is 1 if anything is
-    wrong, with a line for each fault.
+    manifest, such as bitsandbytes' own, is checked for its own consistency. A file that the manifest does not know
+    is a fault if a loader might read or run it, and a note if not, as with README.md. The exit status is 1 if
+    anything is wrong, with a line for each fault; notes leave it 0.
     """
     from fourbit.checkpoint.verify import verify_checkpoint
 
@@ -28,6 +29,8 @@ def verify(
     else:
         for fault in found.faults:
             console.out.print(f"[bold red]fault:[/] {console.escape(fault)}", soft_wrap=True)
+        for notice in found.notices:
+            console.out.print(f"note: {console.escape(notice)}", soft_wrap=True)
         if found.ok:
             how = "every hash is right" if found.manifest else "consistent; it has no manifest, so no hash is compared"
             console.out.print(

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fourbit
 from fourbit.checkpoint import staging
+from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
 from fourbit.cli.app import app
@@ -102,10 +103,58 @@ def test_what_is_wrong_is_named(folder, harm):
     assert lines.exit_code == 1 and lines.stdout.count("fault: ") == len(found["faults"])
 
 
+def plant(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"planted")
+
+
+LOADED = ("modeling_own.py", "extra.safetensors", "pytorch_model.bin", "adapter_config.json", "sub/a.py", "vocab.txt")
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_planted_files_that_a_loader_reads_are_faults(folder, name):
+    """Each hash is right and yet the folder is not what was written."""
+    plant(folder, name)
+    result = CliRunner().invoke(app, ["verify", str(folder)])
+    assert result.exit_code == 1 and "every hash is right" not in result.stdout
+    assert f"fault: {folder / name} is there, and the manifest does not know it" in result.stdout
+
+
+def test_planted_shard(folder):
+    """Another shard, though no index lists it, and a single file, which readers would take before the index."""
+    save_file({"zzz": torch.zeros(2)}, folder / "model-00008-of-00007.safetensors")
+    assert "model-00008-of-00007.safetensors is there, and the manifest" in verify_checkpoint(folder).faults[0]
+    (folder / "model-00008-of-00007.safetensors").unlink()
+    save_file({"zzz": torch.zeros(2)}, folder / "model.safetensors")
+    assert "the tensor 'zzz' is not in the manifest" in " ".join(verify_checkpoint(folder).faults)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX links")
+def test_planted_link(folder, tmp_path):
+    (tmp_path / "code").mkdir()
+    (folder / "code").symlink_to(tmp_path / "code")
+    assert verify_checkpoint(folder).faults == (f"{folder / 'code'} is there, and the manifest does not know it",)
+
+
+@pytest.mark.parametrize("name", ("README.md", "LICENSE", ".gitattributes", ".cache/huggingface", "plot.png"))
+def test_planted_files_that_no_loader_reads_are_notes(folder, name):
+    plant(folder, name)
+    said = f"{folder / name} is there, and the manifest does not know it"
+    result = CliRunner().invoke(app, ["verify", str(folder)])
+    assert result.exit_code == 0 and f"note: {said}" in result.stdout and "every hash is right" in result.stdout
+    found = json.loads(CliRunner().invoke(app, ["verify", str(folder), "--json"]).stdout)
+    assert (found["ok"], found["faults"], found["notices"]) == (True, [], [said])
+
+
+def test_a_folder_without_tensors(tmp_path):
+    quantize_checkpoint(write_folder(tmp_path / "src", {}), tmp_path / "dst")
+    assert verify_checkpoint(tmp_path / "dst").faults == ()
+
+
 def test_what_is_right(folder):
     result = CliRunner().invoke(app, ["verify", str(folder)])
     assert result.exit_code == 0 and "every hash is right" in result.stdout
-    keys = {"schema", "path", "ok", "manifest", "finished", "tensors", "quantized", "bytes", "faults"}
+    keys = {"schema", "path", "ok", "manifest", "finished", "tensors", "quantized", "bytes", "faults", "notices"}
     assert set(json.loads(CliRunner().invoke(app, ["verify", str(folder), "--json"]).stdout)) == keys
 
 
@@ -135,6 +184,18 @@ def test_unfinished_folder_is_named(tmp_path):
     for path in (tmp_path / "dst", left, left / "data"):
         found = verify_checkpoint(path)
         assert not found.ok and not found.finished and "is an unfinished folder" in found.faults[0]
+        assert "`fourbit quantize --resume` continues it" in found.faults[0]
+    (left / "journal.jsonl").unlink()
+    assert "the command that began it, with --resume, continues it" in verify_checkpoint(left).faults[0]
+
+
+def test_unfinished_folder_of_dequantize_is_named(folder, tmp_path):
+    def stop(*step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dequantize_checkpoint(folder, tmp_path / "plain", progress=stop)
+    assert "`fourbit dequantize --resume` continues it" in verify_checkpoint(tmp_path / "plain").faults[0]
 
 
 INTERRUPTED_AT_20 = """
