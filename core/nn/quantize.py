@@ -70,7 +70,9 @@ def apply_plan(model: nn.Module, steps: QuantPlan) -> None:
             twin = made.get(id(weight))
             linear = Linear4bit.from_linear(owner, steps.config, step.name) if twin is None else _tied(owner, twin)
             made.setdefault(id(weight), linear)
-            swaps += [(parent, attribute, linear) for parent, attribute in places[id(owner)]]  # a shared one has several
+            swaps += [
+                (parent, attribute, linear) for parent, attribute in places[id(owner)]
+            ]  # a shared one has several
         else:
             experts = made.get(id(weight)) or ExpertWeights4bit.from_parameter(weight, steps.config, step.name)
             made.setdefault(id(weight), experts)
@@ -110,9 +112,11 @@ def _tied(linear: nn.Linear, twin: PackedModule) -> Linear4bit:
 
 
 def _restore(parent: nn.Module, modules: dict[str, nn.Module | None], parameters: dict[str, Any]) -> None:
-    for table, before in ((parent._modules, modules), (parent._parameters, parameters)):
-        table.clear()
-        table.update(before)
+    """Give a module its children and parameters of before, in their order."""
+    parent._modules.clear()
+    parent._modules.update(modules)
+    parent._parameters.clear()
+    parent._parameters.update(parameters)
 
 
 def loop_over_experts(owner: nn.Module) -> Callable[[], object]:

@@ -76,7 +76,7 @@ def _by_model(model: known.KnownModel, checkpoint: Checkpoint, by_name: Mapping[
     parts = {layer.name: layer for layer in describe_model(model.model)}
     buffers = {name for name, _ in model.model.named_buffers(remove_duplicate=False)}
     found = {}
-    for name, info in checkpoint.entries.items():
+    for name in checkpoint.entries:
         target = model.targets.get(name, known.Target(()))
         goals = [parts[goal] for goal in target.names if goal in parts]
         if goals:

@@ -61,7 +61,7 @@ def ask(config: dict[str, Any], names: tuple[str, ...]) -> tuple[KnownModel | No
                 reasons.append(f"{plugin} returned {type(found).__name__}, not a KnownModel")
         except (Exception, SystemExit) as error:
             reasons.append(f"{plugin}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    return None, "; ".join(reasons) or "no plugin knows the class that its config.json names"
+    return None, "; ".join(reasons) or "its config.json names no class that a plugin knows"
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,7 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import diffusers
-
+        diffusers: Any = import_module("diffusers")  # it is untyped, and need not be there
         kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         return None

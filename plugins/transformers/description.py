@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from logging import CRITICAL
 from typing import Any
 
 from torch import nn
@@ -14,6 +17,8 @@ from fourbit.plans.known import KnownModel, Target, without_weights
 
 _NOT_ASKED = ("quantization_config", "auto_map", "use_pretrained_backbone")
 """Keys of a config.json that would have transformers ask for a quantizer, run code or fetch weights."""
+
+_lock = threading.Lock()  # for what is set for the process while a model is built
 
 
 @hookimpl
@@ -55,12 +60,15 @@ def _build(transformers: Any, kind: Any, config: dict[str, Any], names: tuple[st
 
 
 def _cleaned(config: Any) -> Any:
-    """config.json without what would reach for more than the model's shape, at any depth."""
+    """config.json without what would reach for more than the model's shape, at any depth; infinities decoded."""
     if isinstance(config, dict):
+        if set(config) == {"__float__"}:  # how transformers writes what JSON has no number for
+            return float(config["__float__"])
         return {
             key: _cleaned(value)
             for key, value in config.items()
-            if key not in _NOT_ASKED and not key.strip("_").startswith(("attn_implementation", "experts_implementation"))
+            if key not in _NOT_ASKED
+            and not key.strip("_").startswith(("attn_implementation", "experts_implementation"))
         }
     return [_cleaned(value) for value in config] if isinstance(config, list) else config
 
@@ -90,17 +98,28 @@ def targets(model: Any, names: tuple[str, ...]) -> dict[str, Target]:
     return found
 
 
+@dataclass(frozen=True)
+class _OfflineHere:
+    """True on one thread: others may be downloading."""
+
+    elsewhere: bool
+    thread: int
+
+    def __bool__(self) -> bool:
+        return self.elsewhere or threading.get_ident() == self.thread
+
+
 @contextmanager
 def _quietly_offline() -> Iterator[None]:
-    """No message of transformers' or while it is imported, and no request to the Hub, inside."""
-    with warnings.catch_warnings():
+    """No message of transformers' or while it is imported, and from this thread no request to the Hub, inside."""
+    with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from huggingface_hub import constants
         from transformers.utils import logging
 
         offline, verbosity = constants.HF_HUB_OFFLINE, logging.get_verbosity()
-        constants.HF_HUB_OFFLINE = True
-        logging.set_verbosity(logging.CRITICAL)
+        constants.HF_HUB_OFFLINE = _OfflineHere(offline, threading.get_ident())  # type: ignore[assignment]
+        logging.set_verbosity(CRITICAL)
         try:
             yield
         finally:

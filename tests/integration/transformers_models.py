@@ -26,12 +26,13 @@ WHISPER = {
 }
 VIT = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
 VIT |= {"image_size": 16, "patch_size": 8}
+MAMBA = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "state_size": 16}
 MUSIC = {"vocab_size": 128, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 def llava():
     text, vision = T.LlamaConfig(**GROUPED), T.CLIPVisionConfig(**VIT)
-    return T.LlavaForConditionalGeneration(T.LlavaConfig(vision, text, image_token_index=5))
+    return T.LlavaForConditionalGeneration(T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=5))
 
 
 def qwen2_vl():
@@ -48,8 +49,11 @@ MODELS = {
     "falcon": lambda: T.FalconForCausalLM(
         T.FalconConfig(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, alibi=False)
     ),
+    "mamba2": lambda: T.Mamba2ForCausalLM(
+        T.Mamba2Config(**MAMBA, num_heads=8, head_dim=16, n_groups=1, bos_token_id=None, eos_token_id=None)
+    ),
     "mamba": lambda: T.MambaForCausalLM(
-        T.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=16)
+        T.MambaConfig(**MAMBA)
     ),
     "gpt2": lambda: T.GPT2LMHeadModel(
         T.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4, bos_token_id=None, eos_token_id=None)
@@ -65,11 +69,12 @@ MODELS = {
         T.MusicgenDecoderConfig(**MUSIC, num_codebooks=2, pad_token_id=128, bos_token_id=None)
     ),
     "vit": lambda: T.ViTForImageClassification(T.ViTConfig(**VIT)),
+    "siglip": lambda: T.SiglipModel(
+        T.SiglipConfig(text_config={**SMALL, "max_position_embeddings": 16}, vision_config=VIT)
+    ),
     "llava": llava,
     "qwen2-vl": qwen2_vl,
-    "mixtral": lambda: T.MixtralForCausalLM(
-        T.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)
-    ),
+    "mixtral": lambda: T.MixtralForCausalLM(T.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3-moe": lambda: T.Qwen3MoeForCausalLM(
         T.Qwen3MoeConfig(**GROUPED, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, head_dim=16)
     ),
@@ -80,6 +85,8 @@ MODELS = {
         T.HunYuanMoEV1Config(**GROUPED, num_experts=4, moe_topk=[2], head_dim=16)
     ),
 }
+FUSED_EXPERTS = ("mixtral", "qwen3-moe", "granite-moe", "hunyuan-moe")
+"""Their experts are 3-D in memory, which transformers with bitsandbytes cannot load in 4 bit."""
 
 
 def make(name: str) -> torch.nn.Module:
