@@ -20,7 +20,6 @@ implements `fourbit_describe_model`. It is imported when a model folder is plann
 from __future__ import annotations
 
 from collections.abc import Callable
-
 from typing import TYPE_CHECKING, Any
 
 import pluggy

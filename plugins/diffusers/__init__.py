@@ -21,7 +21,7 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         diffusers: Any = import_module("diffusers")  # it is untyped, and need not be there
-        kind = getattr(diffusers, name, None)
+        kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         return None
     with without_weights(names):

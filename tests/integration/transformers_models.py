@@ -52,9 +52,7 @@ MODELS = {
     "mamba2": lambda: T.Mamba2ForCausalLM(
         T.Mamba2Config(**MAMBA, num_heads=8, head_dim=16, n_groups=1, bos_token_id=None, eos_token_id=None)
     ),
-    "mamba": lambda: T.MambaForCausalLM(
-        T.MambaConfig(**MAMBA)
-    ),
+    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(**MAMBA)),
     "gpt2": lambda: T.GPT2LMHeadModel(
         T.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4, bos_token_id=None, eos_token_id=None)
     ),

@@ -91,7 +91,7 @@ def test_tied_layers_share_one_storage(double_quant):
     assert a.qweight is b.qweight and a.scales is b.scales and a.qweight is not model.c.qweight
     assert a.bias is not None and b.bias is None
     x = torch.randn(3, 64)
-    assert torch.equal(a(x) - a.bias, b(x)) or torch.allclose(a(x) - a.bias, b(x), atol=1e-6)
+    torch.testing.assert_close(a(x) - a.bias, b(x))
     assert (b.dequantize() - want).norm() < 0.2 * want.norm()
     tensors = [*model.parameters(), *(t for n, t in model.named_buffers() if "nested_code" not in n)]
     assert planned.bytes_after == sum(t.nbytes for t in tensors) - sum(
@@ -275,6 +275,39 @@ def test_a_known_class_says_what_its_layers_are(monkeypatch, tmp_path):
     assert rules == {t.name: t.rule for t in held.tensors}
     assert {t.module for t in stored.quantized} == {"plain", "x_embedder"}
     assert stored.left_modules == held.left_modules == ("lm_head", "special", "attention.out_proj")
+
+
+class Rearranged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out, self.lm_head = (nn.Linear(64, 64, bias=False) for _ in range(4))
+        self.experts = nn.Module()
+        self.experts.up_proj = nn.Parameter(torch.empty(2, 64, 64))
+
+
+def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(monkeypatch, tmp_path):
+    targets = {
+        "qk.weight": known.Target(("q.weight", "k.weight"), rearranged=True),
+        "o.weight": known.Target(("out.weight",)),
+        "head.weight": known.Target(("lm_head.weight",)),
+        "mlp.experts.0.weight": known.Target(("experts.up_proj",), rearranged=True),
+        "mlp.experts.1.weight": known.Target(("experts.up_proj",), rearranged=True),
+    }
+    save_file({n: torch.randn(128 if n == "qk.weight" else 64, 64) for n in targets}, tmp_path / "model.safetensors")
+    model = Rearranged().to("meta")
+    Plugin(monkeypatch, lambda config, names: known.KnownModel(model, targets, "a toy"))
+    planned = fourbit.plan(tmp_path)
+    left = {t.name: t.rule for t in planned.skipped}
+    assert left.keys() == {"qk.weight", "head.weight"} and left["head.weight"] == "output head"
+    assert left["qk.weight"].startswith("rearranged into other layers")
+    assert {t.name: t.module for t in planned.quantized} == {
+        **{"o.weight": "out", "mlp.experts.0.weight": "experts", "mlp.experts.1.weight": "experts"}
+    }
+    assert planned.left_modules == ("lm_head", "q", "k")
+    for pattern in ("o", "out", "o.weight"):  # the folder's name of it, or the model's
+        config = fourbit.QuantConfig(skip_modules=(pattern,))
+        assert {t.module for t in fourbit.plan(tmp_path, config).quantized} == {"experts"}
+        assert fourbit.plan(tmp_path, config).left_modules == ("lm_head", "q", "k", "out")
 
 
 def fails(config, names):
