@@ -28,9 +28,12 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None, *, stric
 
         NonFiniteError: a weight has NaN or Inf; with its name and the first offending index.
         LargeTensorError: with `strict`, a tensor of 2 MB or more would stay in 16 bit and neither
-            `config.skip_modules` nor one of the standing rules (embedding, output head, router) says so.
+            `config.skip_modules` nor one of the standing rules (embedding, output head, router, adapter, what the
+            model keeps in float32) says so.
 
-    A model on the meta device gets empty 4-bit modules, to be filled by `load_state_dict(assign=True)`.
+    Layers that share one weight share one 4-bit weight afterwards. The 16-bit weights are freed at the end, so that
+    for a while both are there. A model on the meta device gets empty 4-bit modules, to be filled by
+    `load_state_dict(assign=True)`.
     """
     config = config or QuantConfig()
     steps = plan(model, config)
@@ -64,17 +67,17 @@ def apply_plan(model: nn.Module, steps: QuantPlan) -> None:
         owner, leaf = model.get_submodule(step.module), step.name.rsplit(".", 1)[-1]
         weight = owner._parameters[leaf]
         assert weight is not None
+        twin = made.get(id(weight))
         if isinstance(owner, nn.Linear):
             if owner is model:
                 raise ValueError("the model is itself an nn.Linear: use fourbit.nn.Linear4bit.from_linear")
-            twin = made.get(id(weight))
             linear = Linear4bit.from_linear(owner, steps.config, step.name) if twin is None else _tied(owner, twin)
             made.setdefault(id(weight), linear)
             swaps += [
                 (parent, attribute, linear) for parent, attribute in places[id(owner)]
             ]  # a shared one has several
         else:
-            experts = made.get(id(weight)) or ExpertWeights4bit.from_parameter(weight, steps.config, step.name)
+            experts = ExpertWeights4bit.from_parameter(weight, steps.config, step.name) if twin is None else twin
             made.setdefault(id(weight), experts)
             swaps.append((owner, leaf, experts))
     undo: list[Callable[[], object]] = []

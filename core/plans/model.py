@@ -34,7 +34,7 @@ def describe_model(model: nn.Module) -> list[Layer]:
     kept = _kept_in_float32(model)
     found: list[Layer] = []
     sharing: dict[int, list[int]] = {}
-    for place in _walk(_Place("", "", model, False, False), _output_head(model), set()):
+    for place in _walk(_Place("", "", model, False, False), _output_heads(model), set()):
         module, kind_of_module = place.module, type(place.module)
         adapter = place.adapter or _is_tuner(module)
         role = HEAD if place.head else role_by_name(place.path)
@@ -75,7 +75,7 @@ def describe_model(model: nn.Module) -> list[Layer]:
     return found
 
 
-def _walk(place: _Place, head: nn.Module | None, seen: set[int]) -> Iterator[_Place]:
+def _walk(place: _Place, heads: set[int], seen: set[int]) -> Iterator[_Place]:
     """Every module once, in the order of `named_modules`."""
     seen.add(id(place.module))
     yield place
@@ -89,10 +89,10 @@ def _walk(place: _Place, head: nn.Module | None, seen: set[int]) -> Iterator[_Pl
                 name=f"{place.name}.{key}" if place.name else key,
                 path=place.path if adapted else f"{place.path}.{key}" if place.path else key,
                 module=child,
-                head=place.head or child is head,
+                head=place.head or id(child) in heads,
                 adapter=place.adapter or (tuner and not adapted),
             ),
-            head,
+            heads,
             seen,
         )
 
@@ -105,14 +105,17 @@ def _is_tuner(module: nn.Module) -> bool:
     return hasattr(kind, "adapter_layer_names") or any(c.__module__.startswith("peft.") for c in kind.__mro__)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """transformers' output embeddings, where the model has such a method."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        head = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return head if isinstance(head, nn.Module) else None
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of transformers' output embeddings, of the model and of those that it is composed of."""
+    found = set()
+    for module in model.modules():
+        if not callable(getattr(type(module), "get_output_embeddings", None)):
+            continue
+        try:
+            found.add(id(module.get_output_embeddings()))  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            pass  # it has the method and no head
+    return found - {id(None)}
 
 
 def _kept_in_float32(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:
