@@ -21,11 +21,16 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         diffusers: Any = import_module("diffusers")  # it is untyped, and need not be there
-        kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        kind = _model_class(diffusers, name)
+    if kind is None:
         return None
     with without_weights(names):
         model: nn.Module = kind.from_config({key: value for key, value in config.items() if key != "auto_map"})
     tensors = model.state_dict()
     targets = {each: Target((each,)) for each in names if each in tensors}
     return KnownModel(model, targets, f"{name} of diffusers {diffusers.__version__}")
+
+
+def _model_class(diffusers: Any, name: str) -> Any:
+    kind = getattr(diffusers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) else None

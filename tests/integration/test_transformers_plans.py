@@ -221,6 +221,18 @@ def test_a_folder_runs_no_code_and_fetches_nothing(folders, tmp_path, monkeypatc
     assert not caplog.records and capfd.readouterr() == ("", "")
 
 
+def test_what_is_asked_is_the_shape_of_the_model_alone():
+    """At any depth: a part of a model may have a config of its own."""
+    from fourbit.plugins.transformers.description import _cleaned
+
+    part = {
+        **{"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "a/b", "quantization_config": {}},
+        **{"experts_implementation": "a/b", "use_pretrained_backbone": True, "hidden_size": 4},
+    }
+    want = {"hidden_size": 4}
+    assert _cleaned({**part, "text_config": part, "parts": [part]}) == {**want, "text_config": want, "parts": [want]}
+
+
 def test_what_is_set_while_a_model_is_built_is_set_back(folders):
     from huggingface_hub import constants
 

@@ -70,7 +70,7 @@ class Rearranged(nn.Module):
 def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(monkeypatch, tmp_path):
     targets = {
         "qk.weight": known.Target(("q.weight", "k.weight"), rearranged=True),
-        "o.weight": known.Target(("out.weight",)),
+        "blk.o.weight": known.Target(("out.weight",)),
         "head.weight": known.Target(("lm_head.weight",)),
         "mlp.experts.0.weight": known.Target(("experts.up_proj",), rearranged=True),
         "mlp.experts.1.weight": known.Target(("experts.up_proj",), rearranged=True),
@@ -83,10 +83,10 @@ def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(monkeypatch, tm
     assert left.keys() == {"qk.weight", "head.weight"} and left["head.weight"] == "output head"
     assert left["qk.weight"].startswith("rearranged into other layers")
     assert {t.name: t.module for t in planned.quantized} == {
-        **{"o.weight": "out", "mlp.experts.0.weight": "experts", "mlp.experts.1.weight": "experts"}
+        **{"blk.o.weight": "out", "mlp.experts.0.weight": "experts", "mlp.experts.1.weight": "experts"}
     }
     assert planned.left_modules == ("lm_head", "q", "k")
-    for pattern in ("o", "out", "o.weight"):  # the folder's name of it, or the model's
+    for pattern in ("o", "blk.o", "blk.o.weight", "out", "out.weight"):  # the folder's name of it, or the model's
         config = fourbit.QuantConfig(skip_modules=(pattern,))
         assert {t.module for t in fourbit.plan(tmp_path, config).quantized} == {"experts"}
         assert fourbit.plan(tmp_path, config).left_modules == ("lm_head", "q", "k", "out")
@@ -124,6 +124,12 @@ def test_a_model_of_absurd_size_is_not_built():
     with pytest.raises(known.TooLargeError, match="more than 10020 modules"), known.without_weights(("a",)):
         endless()
     assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_a_model_that_takes_too_long_is_not_built(monkeypatch):
+    monkeypatch.setattr(known, "MOST_SECONDS", 0.0)
+    with pytest.raises(known.TooLargeError, match="takes more than 0 s"), known.without_weights(("a",)):
+        nn.Linear(2, 2)
 
 
 def test_importing_fourbit_imports_no_such_plugin():
