@@ -24,9 +24,10 @@ class QuantConfig:
         double_quant: store the scales in 8 bits too.
         compute_dtype: the precision of the forward pass: torch.bfloat16, torch.float16, torch.float32 or one
             of their names; None follows the input's dtype.
-        skip_modules: glob patterns of module names that stay as they are, on top of the output head,
-            embeddings, norms and routers, which always do. A pattern without a dot or glob also matches any
-            one part of a name, as transformers' lists do: "v_proj" matches "model.layers.0.self_attn.v_proj".
+        skip_modules: glob patterns of module names that stay as they are, on top of the output head, embeddings,
+            norms, routers, adapters and what the model keeps in float32, which always do. A pattern without a dot
+            or glob also matches any one part of a name, as transformers' lists do: "v_proj" matches
+            "model.layers.0.self_attn.v_proj".
 
     Raises TypeError or ValueError, naming the field.
     """

@@ -11,17 +11,24 @@
     def fourbit_register_backends(register):
         register(MyBackend())
 
-Hooks run once, when fourbit first needs a backend; never per op.
+These two hooks run once, when fourbit first needs a backend; never per op.
+
+A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
+implements `fourbit_describe_model`. It is imported when a model folder is planned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from fourbit.backend import Backend
 from fourbit.codebooks import Codebook
+
+if TYPE_CHECKING:
+    from fourbit.plans.known import KnownModel
 
 hookspec = pluggy.HookspecMarker("fourbit")
 hookimpl = pluggy.HookimplMarker("fourbit")
@@ -41,4 +48,14 @@ def fourbit_register_codebooks(register: Callable[[Codebook], None]) -> None:
     """Call `register(Codebook(name, values, signed_scale))` for each 4-bit data type of the plugin.
 
     The name becomes a `quant_type`, in memory and on disk.
+    """
+
+
+@hookspec(firstresult=True)
+def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> KnownModel | None:
+    """The model that a folder is of, built without weights on the meta device; None if it is not one of yours.
+
+    `config` is the folder's config.json and `names` are its tensors'. Both come from a stranger: build inside
+    `fourbit.plans.known.without_weights(names)`, run no code of the folder and fetch nothing. An exception is kept as
+    the reason for which the folder is judged by names.
     """

@@ -61,3 +61,12 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor] | None = None, s
 def write_index(folder: Path, weight_map: dict[str, object]) -> None:
     """model.safetensors.index.json"""
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def folder_of(model: torch.nn.Module, folder: Path, config: dict[str, object] | None = None) -> Path:
+    """A folder with the model's state dict, and with this config.json."""
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config or {}))
+    return folder

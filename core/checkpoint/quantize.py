@@ -191,9 +191,6 @@ def quantization_config(planned: QuantPlan) -> dict[str, Any]:
     """The entry of config.json that makes transformers, peft and vLLM read the folder."""
     config = planned.config
     dtype = config.compute_dtype or next((t.dtype for t in planned.quantized), torch.bfloat16)
-    # Readers make every nn.Linear 4-bit but these. A tied head has no tensor of its own, so it is always
-    # listed; embeddings and routers are no nn.Linear in most models, and listing them does no harm.
-    skipped = [t.module for t in planned.skipped if len(t.shape) == 2 and t.module]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -202,5 +199,5 @@ def quantization_config(planned: QuantPlan) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": config.double_quant,
         "bnb_4bit_compute_dtype": dtype_name(dtype),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list(dict.fromkeys(["lm_head", *skipped])),
+        "llm_int8_skip_modules": list(planned.left_modules),
     }

@@ -174,6 +174,7 @@ def show_sizes(plan: QuantPlan, total_after: int) -> None:
     table.add_section()
     table.add_row("whole model", *cells, style="bold")
     console.out.print(table)
+    console.out.print(f"layers as described by {console.escape(plan.described_by)}", soft_wrap=True)
     for rule, names in _large_by_choice(plan).items():
         console.out.print(f"left as they are by rule ({console.escape(rule)}): {console.escape(', '.join(names))}")
 

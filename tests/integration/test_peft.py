@@ -127,3 +127,20 @@ def test_adapters_save_without_the_base(base, tmp_path):
     again = peft.PeftModel.from_pretrained(fourbit.quantize_model(copy.deepcopy(base)), tmp_path)
     torch.testing.assert_close(again.eval()(ids), tuned.eval()(ids))
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 40_000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_an_adapter_adds_is_never_quantized(method, base):
+    """Of a model that has its adapters already, the base layers are quantized, and nothing else."""
+    model = peft.get_peft_model(copy.deepcopy(base), METHODS[method]())
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters() if "base_layer" not in name}
+    planned = fourbit.plan(model)
+    assert {t.module.replace(".base_layer", "") for t in planned.quantized} == {
+        *("base_model.model.a", "base_model.model.b")
+    }
+    fourbit.quantize_model(model)
+    after = {name: (id(p), p.requires_grad) for name, p in model.named_parameters() if "base_layer" not in name}
+    layers = {name for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    assert layers == {t.module for t in planned.quantized}
+    assert after.items() >= {k: v for k, v in before.items() if f"{k.rpartition('.')[0]}" not in layers}.items()
+    assert model(torch.arange(4)[None]).isfinite().all()

@@ -51,6 +51,8 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
         "[fourbit.backends]",
         "cpu = fourbit.backends.cpu",
         "reference = fourbit.reference",
+        "[fourbit.models]",
+        "transformers = fourbit.plugins.transformers.description",
         "fourbit = fourbit_pytest",
         "fourbit.cli:main",
     ):

@@ -65,6 +65,7 @@ def test_quantize_json_and_options(src, tmp_path):
 
 def test_dry_run_writes_nothing(src, tmp_path):
     result = ok("quantize", src, tmp_path / "dst", "--dry-run")
+    assert "layers as described by names (its config.json names no class that a plugin knows)" in result.stdout
     assert "nothing was written" in result.stdout
     for name in sample_tensors():
         assert name in result.stdout

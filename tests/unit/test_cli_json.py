@@ -12,7 +12,7 @@ from fourbit.cli import console
 from tests.folders import write_folder
 
 PLAN = {"source", "config", "blocksize", "parameters", "quantized_parameters", "bytes_before", "bytes_after"} | {
-    *("bits_per_quantized_parameter", "bits_per_parameter", "large_left", "tensors")
+    *("bits_per_quantized_parameter", "bits_per_parameter", "large_left", "tensors", "described_by")
 }
 PLANNED = {"name", "shape", "dtype", "action", "rule", "bytes_before", "bytes_after", "large_left"}
 INSPECTED = {"name", "shape", "type", "blocksize", "double_quant", "dtype", "parameters", "nbytes", "table_bytes"} | {

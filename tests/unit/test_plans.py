@@ -185,11 +185,14 @@ def test_modules_with_a_forward_of_their_own_are_left():
     assert "Special" in plan.tensors[0].rule
 
 
-def test_multihead_attention_still_works():
+def test_multihead_attention_is_left():
+    """Its out_proj is a subclass of nn.Linear, which no reader of a folder replaces: memory does as folders do."""
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 32)
     before, _ = attention(x, x, x)
+    by_name = {t.name: t for t in fourbit.plan(attention).tensors}
+    assert by_name["out_proj.weight"].rule == "NonDynamicallyQuantizableLinear is not a linear layer that fourbit knows"
     fourbit.quantize_model(attention)
     after, _ = attention(x, x, x)
-    assert 0 < (after - before).norm() / before.norm() < 0.3
+    assert torch.equal(after, before)

@@ -1,0 +1,109 @@
+"""The walk over a folder: what each of its tensors is, by the model that a plugin knows, else by names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fourbit.plans import known
+from fourbit.plans.layer import TRANSPOSED_MODELS, Layer, kind_by_name, role_by_name
+from fourbit.plans.model import describe_model
+
+if TYPE_CHECKING:
+    from fourbit.checkpoint.reader import Checkpoint, TensorInfo
+
+
+@dataclass(frozen=True)
+class DescribedFolder:
+    """A folder's tensors.
+
+    Attributes:
+        layers: one for each tensor, in the order of the files.
+        modules: the layers of the model; those of the folder where it is not known.
+        described_by: the model, or "names" and the reason.
+    """
+
+    layers: list[Layer]
+    modules: list[Layer]
+    described_by: str
+
+
+def describe_folder(folder: Path) -> DescribedFolder:
+    """Describe the tensors of a folder by its headers. Raises OSError or ValueError if it cannot be read."""
+    from fourbit.checkpoint.reader import Checkpoint
+
+    with Checkpoint(folder) as checkpoint:
+        packed = set(checkpoint.quantized()) | checkpoint.companions()
+        names = tuple(name for name in checkpoint.entries if name not in packed)
+        model, reason = known.ask(checkpoint.config, names)
+        by_name = _by_names(checkpoint)
+        described = _by_model(model, checkpoint, by_name) if model is not None else by_name
+        layers = [
+            replace(by_name[name], note="4-bit already") if name in packed else described[name]
+            for name in checkpoint.entries
+        ]
+        if model is None:
+            return DescribedFolder(layers, list(described.values()), f"names ({reason})")
+        return DescribedFolder(layers, describe_model(model.model), model.source)
+
+
+def _by_names(checkpoint: Checkpoint) -> dict[str, Layer]:
+    """A layer for each tensor, from names and shapes alone; also for tied ones that only the header names."""
+    transposed = checkpoint.config.get("model_type") in TRANSPOSED_MODELS
+    found = {name: _from_name(name, info, transposed) for name, info in checkpoint.entries.items()}
+    # safetensors.torch.save_model writes one of several tied tensors, and of the others {name: the one's name}
+    for name, kept in checkpoint.metadata.items():
+        if name not in found and kept in checkpoint.entries:
+            tied = _from_name(name, checkpoint.entries[kept], transposed)
+            found[kept] = replace(found[kept], tied=(*found[kept].tied, tied))
+            found[name] = replace(tied, first=kept, nbytes=0, tied=(found[kept],))
+    return found
+
+
+def _from_name(name: str, info: TensorInfo, transposed: bool) -> Layer:
+    module, _, leaf = name.rpartition(".")
+    shape = tuple(info.shape)
+    kind = kind_by_name(name, shape)
+    if transposed and kind == "linear":
+        kind = "transposed"
+    return Layer(name, module, leaf, shape, info.dtype, info.nbytes, kind, role_by_name(module))
+
+
+def _by_model(model: known.KnownModel, checkpoint: Checkpoint, by_name: Mapping[str, Layer]) -> dict[str, Layer]:
+    """A layer for each tensor: the model's, where it goes to one, with the name and the size that it has here."""
+    parts = {layer.name: layer for layer in describe_model(model.model)}
+    buffers = {name for name, _ in model.model.named_buffers(remove_duplicate=False)}
+    found = {}
+    for name in checkpoint.entries:
+        target = model.targets.get(name, known.Target(()))
+        goals = [parts[goal] for goal in target.names if goal in parts]
+        if goals:
+            found[name] = _as_stored(goals, target.rearranged, by_name[name])
+        elif any(goal in buffers for goal in target.names):
+            found[name] = replace(by_name[name], note="buffer")
+        else:
+            found[name] = by_name[name]
+    return found
+
+
+def _as_stored(goals: list[Layer], rearranged: bool, stored: Layer) -> Layer:
+    """What the tensor `stored` is, knowing which of the model's it becomes."""
+    goal = next((g for g in goals if g.kind == "linear"), goals[0])
+    kind = goal.kind
+    if rearranged and kind == "linear":
+        kind = "rearranged"
+    elif kind == "experts" and len(stored.shape) == 2:
+        kind = "linear"  # one expert's matrix
+    elif kind == "linear" and len(stored.shape) != 2:
+        kind = "other"  # folder and model disagree
+    return replace(
+        goal,
+        name=stored.name,
+        shape=stored.shape,
+        dtype=stored.dtype,
+        nbytes=stored.nbytes,
+        kind=kind,
+        aliases=(stored.name, stored.module, goal.name),
+    )

@@ -1,0 +1,147 @@
+"""The walk over a model, in memory or on the meta device: what each of its parameters is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from fourbit.plans.layer import HEAD, Layer, is_experts, role_by_name
+
+_FOREIGN = ("bitsandbytes.", "torchao.")
+_KEPT = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+_ADAPTED = ("base_layer", "original_module", "base_model", "model", "lora_model")
+"""Where peft's modules hold what they adapt; all else in them is the adapter's."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module in the walk; `path` is its name without what adapters put into it."""
+
+    name: str
+    path: str
+    module: nn.Module
+    head: bool
+    adapter: bool
+
+
+def describe_model(model: nn.Module) -> list[Layer]:
+    """A Layer for each parameter, in the order of `named_parameters`; tied ones each have theirs."""
+    from fourbit.nn.packed import PackedModule
+
+    kept = _kept_in_float32(model)
+    found: list[Layer] = []
+    sharing: dict[int, list[int]] = {}
+    for place in _walk(_Place("", "", model, False, False), _output_heads(model), set()):
+        module, kind_of_module = place.module, type(place.module)
+        adapter = place.adapter or _is_tuner(module)
+        role = HEAD if place.head else role_by_name(place.path)
+        for leaf, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            name = f"{place.name}.{leaf}" if place.name else leaf
+            note = ""
+            if isinstance(module, PackedModule) and leaf != "bias":
+                note = "4-bit already"
+            elif kind_of_module.__module__.startswith(_FOREIGN):
+                note = f"quantized already, by {kind_of_module.__module__.split('.')[0]}"
+            sharing.setdefault(id(tensor), []).append(len(found))
+            found.append(
+                Layer(
+                    name=name,
+                    module=place.name,
+                    leaf=leaf,
+                    shape=tuple(tensor.shape),
+                    dtype=tensor.dtype,
+                    nbytes=tensor.nbytes,
+                    kind=_kind(module, leaf, name, tensor),
+                    role=role,
+                    owner=kind_of_module.__name__,
+                    note=note,
+                    adapter=adapter,
+                    kept=next((p for p, pattern in kept if pattern.search(f"{place.path}.{leaf}")), ""),
+                )
+            )
+    for group in sharing.values():
+        if len(group) > 1:
+            members = [found[i] for i in group]
+            for i in group:
+                tied = tuple(m for m in members if m is not found[i])
+                found[i] = replace(found[i], tied=tied)
+            for i in group[1:]:
+                found[i] = replace(found[i], first=members[0].name, nbytes=0)
+    return found
+
+
+def _walk(place: _Place, heads: set[int], seen: set[int]) -> Iterator[_Place]:
+    """Every module once, in the order of `named_modules`."""
+    seen.add(id(place.module))
+    yield place
+    tuner = _is_tuner(place.module)
+    for key, child in place.module._modules.items():
+        if child is None or id(child) in seen:
+            continue
+        adapted = tuner and key in _ADAPTED
+        yield from _walk(
+            _Place(
+                name=f"{place.name}.{key}" if place.name else key,
+                path=place.path if adapted else f"{place.path}.{key}" if place.path else key,
+                module=child,
+                head=place.head or id(child) in heads,
+                adapter=place.adapter or (tuner and not adapted),
+            ),
+            heads,
+            seen,
+        )
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    """Whether it is peft's, or has the marks of its layers."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return False  # most modules of most models
+    return hasattr(kind, "adapter_layer_names") or any(c.__module__.startswith("peft.") for c in kind.__mro__)
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of transformers' output embeddings, of the model and of those that it is composed of."""
+    found = set()
+    for module in model.modules():
+        if not callable(getattr(type(module), "get_output_embeddings", None)):
+            continue
+        try:
+            found.add(id(module.get_output_embeddings()))  # type: ignore[operator]
+        except (NotImplementedError, AttributeError):
+            pass  # it has the method and no head
+    return found - {id(None)}
+
+
+def _kept_in_float32(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:
+    """The patterns of tensor names that transformers' models keep in float32, as they search for them."""
+    patterns: dict[str, re.Pattern[str]] = {}
+    for module in model.modules():
+        for attribute in _KEPT:
+            names = module.__dict__.get(attribute, getattr(type(module), attribute, None))
+            for name in names if isinstance(names, (list, tuple, set)) else ():
+                try:
+                    patterns.setdefault(name, re.compile(name.replace("*", ".*")))
+                except re.error:
+                    patterns.setdefault(name, re.compile(re.escape(name)))
+    return sorted(patterns.items(), key=lambda item: item[0])
+
+
+def _kind(module: nn.Module, leaf: str, name: str, tensor: Tensor) -> str:
+    """See `Layer.kind`. Subclasses of nn.Linear are left: what they compute is their own, and no reader swaps them."""
+    if type(module) is nn.Linear and leaf == "weight":
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution"
+    if type(module).__name__ == "Conv1D" and leaf == "weight" and tensor.dim() == 2:
+        return "transposed"
+    if is_experts(f"{name}.{type(module).__name__}.{leaf}", tuple(tensor.shape)):
+        return "experts"
+    return "other"

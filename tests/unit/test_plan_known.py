@@ -1,0 +1,141 @@
+"""Folders whose class a plugin knows: its model says what the layers are, and what it breaks leaves names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fourbit
+from fourbit.plans import known
+from tests.folders import folder_of
+
+
+class Special(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class WithSubclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.special, self.plain = Special(64, 64), nn.Linear(64, 64)
+        self.x_embedder = nn.Linear(64, 64)  # an nn.Linear of this name
+        self.attention = nn.MultiheadAttention(64, 4)
+        self.register_buffer("table", torch.randn(64, 64))
+
+
+class Plugin:
+    """Stands for an entry point of the group."""
+
+    def __init__(self, monkeypatch, answer, name="toy"):
+        monkeypatch.setattr(known, "_plugins", lambda: {name: answer})
+
+
+def answer_with(model):
+    def describe(config, names):
+        with known.without_weights(names):
+            found = model()
+        assert all(p.device.type == "meta" for p in found.parameters())
+        return known.KnownModel(found, {n: known.Target((n,)) for n in names if n in found.state_dict()}, "a toy")
+
+    return describe
+
+
+def test_a_known_class_says_what_its_layers_are(monkeypatch, tmp_path):
+    model = WithSubclass()
+    folder = folder_of(model, tmp_path / "f")
+    Plugin(monkeypatch, answer_with(WithSubclass))
+    stored, held = fourbit.plan(folder), fourbit.plan(model)
+    assert stored.described_by == "a toy"
+    rules = {t.name: t.rule for t in stored.tensors}
+    assert rules.pop("table") == "buffer"
+    assert rules == {t.name: t.rule for t in held.tensors}
+    assert {t.module for t in stored.quantized} == {"plain", "x_embedder"}
+    assert stored.left_modules == held.left_modules == ("lm_head", "special", "attention.out_proj")
+
+
+class Rearranged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out, self.lm_head = (nn.Linear(64, 64, bias=False) for _ in range(4))
+        self.experts = nn.Module()
+        self.experts.up_proj = nn.Parameter(torch.empty(2, 64, 64))
+
+
+def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(monkeypatch, tmp_path):
+    targets = {
+        "qk.weight": known.Target(("q.weight", "k.weight"), rearranged=True),
+        "blk.o.weight": known.Target(("out.weight",)),
+        "head.weight": known.Target(("lm_head.weight",)),
+        "mlp.experts.0.weight": known.Target(("experts.up_proj",), rearranged=True),
+        "mlp.experts.1.weight": known.Target(("experts.up_proj",), rearranged=True),
+    }
+    save_file({n: torch.randn(128 if n == "qk.weight" else 64, 64) for n in targets}, tmp_path / "model.safetensors")
+    model = Rearranged().to("meta")
+    Plugin(monkeypatch, lambda config, names: known.KnownModel(model, targets, "a toy"))
+    planned = fourbit.plan(tmp_path)
+    left = {t.name: t.rule for t in planned.skipped}
+    assert left.keys() == {"qk.weight", "head.weight"} and left["head.weight"] == "output head"
+    assert left["qk.weight"].startswith("rearranged into other layers")
+    assert {t.name: t.module for t in planned.quantized} == {
+        **{"blk.o.weight": "out", "mlp.experts.0.weight": "experts", "mlp.experts.1.weight": "experts"}
+    }
+    assert planned.left_modules == ("lm_head", "q", "k")
+    for pattern in ("o", "blk.o", "blk.o.weight", "out", "out.weight"):  # the folder's name of it, or the model's
+        config = fourbit.QuantConfig(skip_modules=(pattern,))
+        assert {t.module for t in fourbit.plan(tmp_path, config).quantized} == {"experts"}
+        assert fourbit.plan(tmp_path, config).left_modules == ("lm_head", "q", "k", "out")
+
+
+def fails(config, names):
+    raise ImportError("no such library")
+
+
+def leaves(config, names):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    (
+        (fails, "names (toy: ImportError: no such library)"),
+        (leaves, "names (toy: SystemExit: 3)"),
+        (lambda config, names: "yes", "names (toy returned str, not a KnownModel)"),
+        (lambda config, names: None, "names (its config.json names no class that a plugin knows)"),
+    ),
+)
+def test_a_plugin_that_does_not_answer_leaves_names_and_its_reason(monkeypatch, tmp_path, answer, reason):
+    folder = folder_of(WithSubclass(), tmp_path / "f")
+    Plugin(monkeypatch, answer)
+    planned = fourbit.plan(folder)
+    assert planned.described_by == reason and reason in planned.summary()
+    assert {t.rule for t in planned.tensors if t.module == "x_embedder"} >= {"embedding"}
+
+
+def test_a_model_of_absurd_size_is_not_built():
+    def endless():
+        return nn.Sequential(*(nn.Linear(2, 2) for _ in range(10**9)))
+
+    with pytest.raises(known.TooLargeError, match="more than 10020 modules"), known.without_weights(("a",)):
+        endless()
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_a_model_that_takes_too_long_is_not_built(monkeypatch):
+    monkeypatch.setattr(known, "MOST_SECONDS", 0.0)
+    with pytest.raises(known.TooLargeError, match="takes more than 0 s"), known.without_weights(("a",)):
+        nn.Linear(2, 2)
+
+
+def test_importing_fourbit_imports_no_such_plugin():
+    code = (
+        "import sys, fourbit, fourbit.nn, fourbit.plans; from torch import nn; fourbit.plan(nn.Linear(64, 64));"
+        "print([n for n in sys.modules if n.startswith(('transformers', 'diffusers', 'fourbit.plugins'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
