@@ -17,6 +17,7 @@ from fourbit import checks, double_quant, fakes
 from fourbit.registry import miss, table
 
 Optional = Tensor | None
+_uint8, _float32 = torch.uint8, torch.float32
 
 _library = torch.library.Library("fourbit", "DEF")  # type: ignore[no-untyped-call]
 _NESTED = "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None"
@@ -96,8 +97,10 @@ def _linear_4bit(
     nested_code: Optional = None,
     nested_offset: Optional = None,
     bias: Optional = None,
+    one_device: bool = False,
 ) -> Tensor:
-    # The hot path: a hit in the table vouches for dtype and blocksize, one expression for the rest.
+    # The hot path: a hit in the table vouches for dtype and blocksize, one expression for the rest. `one_device`:
+    # the caller has seen already that all tensors are on x's device.
     device = x.device
     key = (device, x.dtype, blocksize, nested_absmax is not None)
     run = _linear_table.get(key)
@@ -108,17 +111,19 @@ def _linear_4bit(
         or count == 0
         or packed.numel() != (count + 1) >> 1
         or absmax.numel() != -(-count // blocksize)
-        or packed.dtype is not torch.uint8
-        or packed.device != device
-        or absmax.device != device
-        or code.device != device
+        or packed.dtype is not _uint8
+        or (not one_device and not (packed.device == absmax.device == code.device == device))
         or code.numel() != 16
-        or code.dtype is not torch.float32
+        or code.dtype is not _float32
         or not packed.is_contiguous()
         or not absmax.is_contiguous()
         or not code.is_contiguous()
         or (bias is not None and not _bias_fits(bias, out_features, x))
-        or not _scales_fit(absmax, nested_absmax, nested_code, nested_offset, device)
+        or (
+            (absmax.dtype is not _float32 or nested_code is not None or nested_offset is not None)
+            if nested_absmax is None
+            else not _nested_fit(absmax, nested_absmax, nested_code, nested_offset, device)
+        )
     ):
         nested = (nested_absmax, nested_code, nested_offset)
         checks.activations("linear_4bit", "x", x)
@@ -127,8 +132,6 @@ def _linear_4bit(
             checks.bias("linear_4bit", bias, out_features, x)
             bias = bias.contiguous()
         if run is None:
-            if x.is_meta:  # the shortcut past torch's dispatcher leads here, where no backend serves
-                return fakes.linear_4bit(x, packed, absmax, code, blocksize, out_features)
             run = miss("linear_4bit", key)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -143,20 +146,18 @@ def _bias_fits(bias: Tensor, out_features: int, x: Tensor) -> bool:
     return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device and bias.is_contiguous()
 
 
-def _scales_fit(
-    absmax: Tensor, nested_absmax: Optional, nested_code: Optional, nested_offset: Optional, device: torch.device
+def _nested_fit(
+    absmax: Tensor, nested_absmax: Tensor, nested_code: Optional, nested_offset: Optional, device: torch.device
 ) -> bool:
-    """Whether the scales are surely right; where this says no, `checks.weight` finds out and says why."""
-    if nested_absmax is None:
-        return absmax.dtype is torch.float32 and nested_code is None and nested_offset is None
+    """Whether double-quantized scales are surely right; where this says no, `checks.weight` finds out and says why."""
     return (
         nested_code is not None
         and nested_offset is not None
-        and absmax.dtype is torch.uint8
+        and absmax.dtype is _uint8
         and nested_absmax.numel() == -(-absmax.numel() // double_quant.NESTED_BLOCKSIZE)
         and nested_code.numel() == 256
         and nested_offset.numel() == 1
-        and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is torch.float32
+        and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is _float32
         and nested_absmax.device == nested_code.device == nested_offset.device == device
         and nested_absmax.is_contiguous()
         and nested_code.is_contiguous()
