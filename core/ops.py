@@ -79,7 +79,7 @@ def _dequantize_4bit(
     for size in shape:
         count *= size
     nested = (nested_absmax, nested_code, nested_offset)
-    weight = checks.weight("dequantize_4bit", packed, absmax, code, blocksize, count, nested, packed.device)
+    weight, nested = checks.weight("dequantize_4bit", packed, absmax, code, blocksize, count, nested, packed.device)
     key = (packed.device, dtype, blocksize, nested_absmax is not None)
     run = _dequantize_table.get(key) or miss("dequantize_4bit", key)
     result: Tensor = run(*weight, blocksize, shape, dtype, *nested)
@@ -127,7 +127,8 @@ def _linear_4bit(
     ):
         nested = (nested_absmax, nested_code, nested_offset)
         checks.activations("linear_4bit", "x", x)
-        packed, absmax, code = checks.weight("linear_4bit", packed, absmax, code, blocksize, count, nested, device)
+        weight, nested = checks.weight("linear_4bit", packed, absmax, code, blocksize, count, nested, device)
+        (packed, absmax, code), (nested_absmax, nested_code, nested_offset) = weight, nested
         if bias is not None:
             checks.bias("linear_4bit", bias, out_features, x)
             bias = bias.contiguous()
@@ -178,7 +179,9 @@ def _linear_4bit_grad(
     op = "linear_4bit_grad"
     nested = (nested_absmax, nested_code, nested_offset)
     checks.activations(op, "grad", grad)
-    weight = checks.weight(op, packed, absmax, code, blocksize, in_features * grad.shape[-1], nested, grad.device)
+    weight, nested = checks.weight(
+        op, packed, absmax, code, blocksize, in_features * grad.shape[-1], nested, grad.device
+    )
     key = (grad.device, grad.dtype, blocksize, nested_absmax is not None)
     run = _linear_grad_table.get(key) or miss(op, key)
     result: Tensor = run(grad.contiguous(), *weight, blocksize, in_features, *nested)
@@ -203,7 +206,7 @@ def _embedding_4bit(
     checks.compute_dtype(op, dtype)
     checks.integers(op, "ids", ids)
     count = num_embeddings * embedding_dim
-    weight = checks.weight(op, packed, absmax, code, blocksize, count, nested, ids.device)
+    weight, nested = checks.weight(op, packed, absmax, code, blocksize, count, nested, ids.device)
     key = (ids.device, dtype, blocksize, nested_absmax is not None)
     run = _embedding_table.get(key) or miss(op, key)
     result: Tensor = run(ids.contiguous(), *weight, blocksize, num_embeddings, embedding_dim, dtype, *nested)
@@ -224,7 +227,7 @@ def _grouped(
     checks.integers(op, "offsets", offsets)
     checks.group_offsets(op, offsets, x)
     count = offsets.numel() * x.shape[-1] * width
-    weight = checks.weight(op, *weight, blocksize, count, nested, x.device)
+    weight, nested = checks.weight(op, *weight, blocksize, count, nested, x.device)
     key = (x.device, x.dtype, blocksize, nested[0] is not None)
     run = methods.get(key) or miss(op, key)
     result: Tensor = run(x.contiguous(), offsets.contiguous(), *weight, blocksize, width, *nested)
