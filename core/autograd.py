@@ -1,7 +1,8 @@
 """Derivatives of the ops, to x and bias, in both modes. The weight is frozen, and only its packed form is kept.
 
-Registered at the Autograd key. A call that needs no derivative goes straight to the eager kernel where torch's
-dispatcher has nothing else to do for it: one trip through the dispatcher instead of two.
+Registered at the Autograd key. A call that needs no derivative goes straight to the eager kernel if torch's
+dispatcher has nothing else to do for it, one trip through the dispatcher instead of two; any other goes through
+autograd's Function, which finds out what there is to record.
 """
 
 from __future__ import annotations
@@ -52,21 +53,25 @@ def _record(function: Callable[..., Tensor], *args: Any) -> Tensor:
         return function(*args)
 
 
-def _plain_keys() -> dict[str, int]:
-    """The key set of a call whose tensors are all plain ones of one kind of device, by that kind.
-
-    Anything else that torch's dispatcher handles below Autograd adds a key: a negated or conjugated view, a tensor
-    of zeros without memory, a dispatch mode, a subclass, a transform of torch.func, a tensor on another device.
-    """
+def _plain_keys(kind: str) -> int:
+    """The key set, as a number, of a call whose tensors are all plain ones on one kind of device."""
     keys = torch._C.DispatchKey
     of = torch._C.DispatchKeySet
-    kinds = ("CPU", "CUDA", "HIP", "XPU", "MPS", "HPU", "PrivateUse1")
-    return {kind: (of(getattr(keys, kind)) | of(getattr(keys, f"Autograd{kind}"))).raw_repr() for kind in kinds}
+    return _raw_keys(of(getattr(keys, kind)) | of(getattr(keys, f"Autograd{kind}")))
 
 
-_raw_keys: Callable[[Any], int] = torch._C.DispatchKeySet.raw_repr
-_PLAIN_CPU = _plain_keys()["CPU"]
-_PLAIN = frozenset(_plain_keys().values())
+_raw_keys: Callable[[torch._C.DispatchKeySet], int] = torch._C.DispatchKeySet.raw_repr
+_PLAIN_CPU = _plain_keys("CPU")
+_PLAIN = frozenset(_plain_keys(kind) for kind in ("CPU", "CUDA", "HIP", "XPU", "MPS", "HPU", "PrivateUse1"))
+"""Whatever the dispatcher handles below Autograd adds a key to a call: a negated or conjugated view, zeros without
+memory, a dispatch mode, a subclass, a transform of torch.func, a tensor on another kind of device."""
+
+
+def _is_plain(keys: torch._C.DispatchKeySet, x: Tensor) -> bool:
+    """Whether there is nothing to do for a call but to run its kernel; `x` alone may need a derivative."""
+    if forward_ad._current_level >= 0 or (x.requires_grad and _grad_enabled()):
+        return False
+    return _raw_keys(keys) in _PLAIN
 
 
 # Not autograd.Function: under torch.func each level of a transform comes to these kernels by itself, with tensors of
@@ -134,8 +139,7 @@ def _save(ctx: Any, x: Tensor, offsets: Tensor | None, weight: Weight, nested: N
     packed, absmax, code, ctx.blocksize = weight
     tensors = (packed, absmax, code, offsets, *nested)
     ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*tensors)
+    ctx.save_for_forward(*tensors)
     ctx.shape = x.shape
     ctx.set_materialize_grads(False)  # a derivative that is zero comes as None, not as zeros to multiply by
 
@@ -161,11 +165,6 @@ def _transposed(grad: Tensor, offsets: Tensor | None, weight: Weight, width: int
     return _linear_grad(grad, *weight, width, *nested)
 
 
-def _differentiates(x: Tensor) -> bool:
-    """Whether a derivative is to be recorded (reverse mode) or computed (forward mode)."""
-    return (x.requires_grad and _grad_enabled()) or forward_ad._current_level >= 0
-
-
 def _linear_autograd(
     keys: torch._C.DispatchKeySet,
     x: Tensor,
@@ -179,33 +178,25 @@ def _linear_autograd(
     nested_offset: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    if forward_ad._current_level >= 0 or (
-        (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled()
-    ):
-        weight, nested = (packed, absmax, code, blocksize), (nested_absmax, nested_code, nested_offset)
-        return _record(_apply_product, x, bias, None, weight, out_features, nested)
+    # `_is_plain` written out: this is the hot path
     raw = _raw_keys(keys)
-    if raw in _PLAIN:
+    if (
+        raw in _PLAIN
+        and forward_ad._current_level < 0
+        and not ((x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled())
+    ):
+        # fmt: off
         return _linear_eager(
-            x,
-            packed,
-            absmax,
-            code,
-            blocksize,
-            out_features,
-            nested_absmax,
-            nested_code,
-            nested_offset,
-            bias,
+            x, packed, absmax, code, blocksize, out_features, nested_absmax, nested_code, nested_offset, bias,
             raw == _PLAIN_CPU,
         )
-    with _below_autograd():
-        return _linear(
-            x, packed, absmax, code, blocksize, out_features, nested_absmax, nested_code, nested_offset, bias
-        )
+        # fmt: on
+    weight, nested = (packed, absmax, code, blocksize), (nested_absmax, nested_code, nested_offset)
+    return _record(_apply_product, x, bias, None, weight, out_features, nested)
 
 
 def _linear_grad_autograd(
+    keys: torch._C.DispatchKeySet,
     grad: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -215,13 +206,13 @@ def _linear_grad_autograd(
     *nested: Tensor | None,
 ) -> Tensor:
     weight = (packed, absmax, code, blocksize)
-    if _differentiates(grad):
-        return _record(_apply_transposed, grad, None, weight, in_features, ops._three(nested))
-    with _below_autograd():
-        return _linear_grad(grad, *weight, in_features, *nested)
+    if _is_plain(keys, grad):
+        return ops._linear_4bit_grad(grad, *weight, in_features, *nested)
+    return _record(_apply_transposed, grad, None, weight, in_features, ops._three(nested))
 
 
 def _grouped_autograd(
+    keys: torch._C.DispatchKeySet,
     x: Tensor,
     offsets: Tensor,
     packed: Tensor,
@@ -232,13 +223,13 @@ def _grouped_autograd(
     *nested: Tensor | None,
 ) -> Tensor:
     weight = (packed, absmax, code, blocksize)
-    if _differentiates(x):
-        return _record(_apply_product, x, None, offsets, weight, out_features, ops._three(nested))
-    with _below_autograd():
-        return _grouped(x, offsets, *weight, out_features, *nested)
+    if _is_plain(keys, x):
+        return ops._grouped_linear_4bit(x, offsets, *weight, out_features, *nested)
+    return _record(_apply_product, x, None, offsets, weight, out_features, ops._three(nested))
 
 
 def _grouped_grad_autograd(
+    keys: torch._C.DispatchKeySet,
     grad: Tensor,
     offsets: Tensor,
     packed: Tensor,
@@ -249,16 +240,18 @@ def _grouped_grad_autograd(
     *nested: Tensor | None,
 ) -> Tensor:
     weight = (packed, absmax, code, blocksize)
-    if _differentiates(grad):
-        return _record(_apply_transposed, grad, offsets, weight, in_features, ops._three(nested))
-    with _below_autograd():
-        return _grouped_grad(grad, offsets, *weight, in_features, *nested)
+    if _is_plain(keys, grad):
+        return ops._grouped_linear_4bit_grad(grad, offsets, *weight, in_features, *nested)
+    return _record(_apply_transposed, grad, offsets, weight, in_features, ops._three(nested))
 
 
-ops._library.impl("linear_4bit", _linear_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-ops._library.impl("linear_4bit_grad", _linear_grad_autograd, "Autograd")  # type: ignore[no-untyped-call]
-ops._library.impl("grouped_linear_4bit", _grouped_autograd, "Autograd")  # type: ignore[no-untyped-call]
-ops._library.impl("grouped_linear_4bit_grad", _grouped_grad_autograd, "Autograd")  # type: ignore[no-untyped-call]
+for _name, _kernel in (
+    ("linear_4bit", _linear_autograd),
+    ("linear_4bit_grad", _linear_grad_autograd),
+    ("grouped_linear_4bit", _grouped_autograd),
+    ("grouped_linear_4bit_grad", _grouped_grad_autograd),
+):
+    ops._library.impl(_name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 # ---- autocast: as torch's own linear, x and bias are cast to the autocast dtype -----------------------------
