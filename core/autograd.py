@@ -131,8 +131,8 @@ class _Transposed(_SingleLevelFunction):
         return _transposed(grad, offsets, weight, ctx.in_features, nested)
 
 
-_apply_product: Callable[..., Tensor] = _Product.apply
-_apply_transposed: Callable[..., Tensor] = _Transposed.apply
+_apply_product: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
+_apply_transposed: Callable[..., Tensor] = _Transposed.apply  # type: ignore[attr-defined]
 
 
 def _save(ctx: Any, x: Tensor, offsets: Tensor | None, weight: Weight, nested: Nested) -> None:

@@ -22,10 +22,10 @@ _ROWS = ("linear_4bit", "linear_4bit_grad", "embedding_4bit")
 _GROUPED = ("grouped_linear_4bit", "grouped_linear_4bit_grad")
 
 
-def _one_by_one(op: Callable[..., Any], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Batched:
+def _one_by_one(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Batched:
     """A call for each sample: also for batches of weights, of which a kernel takes one."""
     if size == 0:
-        raise ValueError(f"{op}: vmap over a batch of size 0 has no result to take the shape from")
+        raise ValueError(f"{op._opname}: vmap over a batch of size 0 has no result to take the shape from")
     calls = []
     for index in range(size):
         pairs = zip(args, in_dims, strict=True)
@@ -50,7 +50,7 @@ def _more_rows_an_expert(op: Callable[..., Any], name: str, x: Tensor, dim: int,
     checks.integers(name, "offsets", offsets)
     checks.group_offsets(name, offsets, x.select(1, 0))  # before they are multiplied
     y: Tensor = op(x.flatten(0, 1), offsets.long() * size, *weight)
-    return y.unflatten(0, (rows, size)), 1
+    return y.view(rows, size, y.shape[-1]), 1
 
 
 def _register(name: str) -> None:
