@@ -81,8 +81,9 @@ def group_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
     if offsets.device != x.device:
         wrong_device(op, "offsets", offsets, x.device)
     if offsets.device.type == "cpu":
-        steps = offsets.diff(prepend=offsets.new_zeros(1))
-        if int(offsets[-1]) > x.shape[0] or bool((steps < 0).any()):
+        # neighbours are compared, not subtracted: a difference of two integers of 64 bits may wrap
+        rising = bool((offsets[:-1] <= offsets[1:]).all())
+        if not rising or int(offsets[0]) < 0 or int(offsets[-1]) > x.shape[0]:
             raise ValueError(f"{op}: offsets must rise from 0 to at most {x.shape[0]} rows, got {offsets.tolist()}")
 
 
@@ -95,18 +96,21 @@ def weight(
     count: int,
     nested: Nested,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A packed weight of `count` elements on `device` with blocksize `size`; returned contiguous."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Nested]:
+    """A packed weight of `count` elements on `device` with blocksize `size`; returned contiguous, and `nested` too."""
     if packed.numel() != (count + 1) // 2 or packed.dtype is not torch.uint8:
         _wrong_packed(op, packed, count)
     if packed.device != device:
         wrong_device(op, "packed", packed, device)
     scales(op, absmax, table, size, count, nested, device)
-    return (
-        packed if packed.is_contiguous() else packed.contiguous(),
-        absmax if absmax.is_contiguous() else absmax.contiguous(),
-        table if table.is_contiguous() else table.contiguous(),
+    a, b, c = nested
+    return (_contiguous(packed), _contiguous(absmax), _contiguous(table)), (
+        nested if a is None or b is None or c is None else (_contiguous(a), _contiguous(b), _contiguous(c))
     )
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def scales(op: str, absmax: Tensor, table: Tensor, size: int, count: int, nested: Nested, device: torch.device) -> None:
@@ -156,8 +160,6 @@ def _check_nested(op: str, nested: Nested, blocks: int, device: torch.device) ->
             )
         if tensor.device != device:
             wrong_device(op, name, tensor, device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous")
 
 
 def _wrong_packed(op: str, packed: Tensor, count: int) -> NoReturn:

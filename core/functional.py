@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fourbit import autograd as _autograd  # noqa: F401  (registers the gradients)
+from fourbit import autograd as _autograd  # noqa: F401  (registers the derivatives)
 from fourbit import checks, codebooks, registry
+from fourbit import vmap as _vmap  # noqa: F401  (registers the rules)
 from fourbit.state import QuantState
 
 _quantize: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fourbit.quantize_4bit.default

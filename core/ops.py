@@ -17,6 +17,7 @@ from fourbit import checks, double_quant, fakes
 from fourbit.registry import miss, table
 
 Optional = Tensor | None
+_uint8, _float32 = torch.uint8, torch.float32
 
 _library = torch.library.Library("fourbit", "DEF")  # type: ignore[no-untyped-call]
 _NESTED = "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None"
@@ -78,7 +79,7 @@ def _dequantize_4bit(
     for size in shape:
         count *= size
     nested = (nested_absmax, nested_code, nested_offset)
-    weight = checks.weight("dequantize_4bit", packed, absmax, code, blocksize, count, nested, packed.device)
+    weight, nested = checks.weight("dequantize_4bit", packed, absmax, code, blocksize, count, nested, packed.device)
     key = (packed.device, dtype, blocksize, nested_absmax is not None)
     run = _dequantize_table.get(key) or miss("dequantize_4bit", key)
     result: Tensor = run(*weight, blocksize, shape, dtype, *nested)
@@ -96,8 +97,10 @@ def _linear_4bit(
     nested_code: Optional = None,
     nested_offset: Optional = None,
     bias: Optional = None,
+    one_device: bool = False,
 ) -> Tensor:
-    # The hot path: a hit in the table vouches for dtype and blocksize, one expression for the rest.
+    # The hot path: a hit in the table vouches for dtype and blocksize, one expression for the rest. `one_device`:
+    # the caller has seen already that all tensors are on x's device.
     device = x.device
     key = (device, x.dtype, blocksize, nested_absmax is not None)
     run = _linear_table.get(key)
@@ -108,27 +111,28 @@ def _linear_4bit(
         or count == 0
         or packed.numel() != (count + 1) >> 1
         or absmax.numel() != -(-count // blocksize)
-        or packed.dtype is not torch.uint8
-        or packed.device != device
-        or absmax.device != device
-        or code.device != device
+        or packed.dtype is not _uint8
+        or (not one_device and not (packed.device == absmax.device == code.device == device))
         or code.numel() != 16
-        or code.dtype is not torch.float32
+        or code.dtype is not _float32
         or not packed.is_contiguous()
         or not absmax.is_contiguous()
         or not code.is_contiguous()
         or (bias is not None and not _bias_fits(bias, out_features, x))
-        or not _scales_fit(absmax, nested_absmax, nested_code, nested_offset, device)
+        or (
+            (absmax.dtype is not _float32 or nested_code is not None or nested_offset is not None)
+            if nested_absmax is None
+            else not _nested_fit(absmax, nested_absmax, nested_code, nested_offset, device)
+        )
     ):
         nested = (nested_absmax, nested_code, nested_offset)
         checks.activations("linear_4bit", "x", x)
-        packed, absmax, code = checks.weight("linear_4bit", packed, absmax, code, blocksize, count, nested, device)
+        weight, nested = checks.weight("linear_4bit", packed, absmax, code, blocksize, count, nested, device)
+        (packed, absmax, code), (nested_absmax, nested_code, nested_offset) = weight, nested
         if bias is not None:
             checks.bias("linear_4bit", bias, out_features, x)
             bias = bias.contiguous()
         if run is None:
-            if x.is_meta:  # the shortcut past torch's dispatcher leads here, where no backend serves
-                return fakes.linear_4bit(x, packed, absmax, code, blocksize, out_features)
             run = miss("linear_4bit", key)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -143,20 +147,18 @@ def _bias_fits(bias: Tensor, out_features: int, x: Tensor) -> bool:
     return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device and bias.is_contiguous()
 
 
-def _scales_fit(
-    absmax: Tensor, nested_absmax: Optional, nested_code: Optional, nested_offset: Optional, device: torch.device
+def _nested_fit(
+    absmax: Tensor, nested_absmax: Tensor, nested_code: Optional, nested_offset: Optional, device: torch.device
 ) -> bool:
-    """Whether the scales are surely right; where this says no, `checks.weight` finds out and says why."""
-    if nested_absmax is None:
-        return absmax.dtype is torch.float32 and nested_code is None and nested_offset is None
+    """Whether double-quantized scales are surely right; where this says no, `checks.weight` finds out and says why."""
     return (
         nested_code is not None
         and nested_offset is not None
-        and absmax.dtype is torch.uint8
+        and absmax.dtype is _uint8
         and nested_absmax.numel() == -(-absmax.numel() // double_quant.NESTED_BLOCKSIZE)
         and nested_code.numel() == 256
         and nested_offset.numel() == 1
-        and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is torch.float32
+        and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is _float32
         and nested_absmax.device == nested_code.device == nested_offset.device == device
         and nested_absmax.is_contiguous()
         and nested_code.is_contiguous()
@@ -177,7 +179,9 @@ def _linear_4bit_grad(
     op = "linear_4bit_grad"
     nested = (nested_absmax, nested_code, nested_offset)
     checks.activations(op, "grad", grad)
-    weight = checks.weight(op, packed, absmax, code, blocksize, in_features * grad.shape[-1], nested, grad.device)
+    weight, nested = checks.weight(
+        op, packed, absmax, code, blocksize, in_features * grad.shape[-1], nested, grad.device
+    )
     key = (grad.device, grad.dtype, blocksize, nested_absmax is not None)
     run = _linear_grad_table.get(key) or miss(op, key)
     result: Tensor = run(grad.contiguous(), *weight, blocksize, in_features, *nested)
@@ -202,7 +206,7 @@ def _embedding_4bit(
     checks.compute_dtype(op, dtype)
     checks.integers(op, "ids", ids)
     count = num_embeddings * embedding_dim
-    weight = checks.weight(op, packed, absmax, code, blocksize, count, nested, ids.device)
+    weight, nested = checks.weight(op, packed, absmax, code, blocksize, count, nested, ids.device)
     key = (ids.device, dtype, blocksize, nested_absmax is not None)
     run = _embedding_table.get(key) or miss(op, key)
     result: Tensor = run(ids.contiguous(), *weight, blocksize, num_embeddings, embedding_dim, dtype, *nested)
@@ -223,7 +227,7 @@ def _grouped(
     checks.integers(op, "offsets", offsets)
     checks.group_offsets(op, offsets, x)
     count = offsets.numel() * x.shape[-1] * width
-    weight = checks.weight(op, *weight, blocksize, count, nested, x.device)
+    weight, nested = checks.weight(op, *weight, blocksize, count, nested, x.device)
     key = (x.device, x.dtype, blocksize, nested[0] is not None)
     run = methods.get(key) or miss(op, key)
     result: Tensor = run(x.contiguous(), offsets.contiguous(), *weight, blocksize, width, *nested)

@@ -26,6 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
 """Names of the dtypes in files, and in configurations."""
 
 MAX_META_BYTES = 1 << 16
+_FLOAT32_END = 2**128 - 2**103  # from here on a number becomes inf in float32
 _META_PREFIX = "quant_state.bitsandbytes__"
 _PLAIN_KEYS = ("absmax", "quant_map")
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map")
@@ -276,7 +277,7 @@ def _parse_meta(key: str, tensor: Tensor) -> dict[str, Any]:
         if meta["nested_blocksize"] != NESTED_BLOCKSIZE or meta["nested_dtype"] != "float32":
             raise ValueError(f"{key}: nested_blocksize must be {NESTED_BLOCKSIZE} and nested_dtype float32")
         offset = meta["nested_offset"]
-        if type(offset) not in (int, float) or not abs(offset) < 3.5e38:
+        if type(offset) not in (int, float) or not abs(offset) < _FLOAT32_END:
             raise ValueError(f"{key}: nested_offset {_short(offset)} is not a finite float32")
     return meta
 

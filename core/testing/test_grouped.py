@@ -60,6 +60,27 @@ def test_shapes(need, device, shape, double_quant, op):
         check(op, x, offsets, weight, torch.float32)
 
 
+PREFILL = {
+    "300 rows": (0, 140, 290, 300),
+    "900 rows": (700, 701, 701, 899),
+    "2100 rows": (650, 650, 1500, 2090),
+    "2100 rows, all of one": (0, 0, 2100, 2100),
+}
+
+
+@pytest.mark.parametrize("op", COVERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill(need, device, name, dtype, op):
+    """Experts with as many rows as prompts give them, beside others with few or none."""
+    need(op, dtype)
+    offsets = torch.tensor(PREFILL[name])
+    for shape in ((4, 24, 64), (4, 7, 33)):
+        weight = make_weight(*shape)
+        x = normal(int(name.split()[0]), shape[1 if op.endswith("grad") else 2]).to(device, dtype)
+        check(op, x, offsets, weight, dtype)
+
+
 def test_gradient(need, device):
     """Autograd of the public function, against autograd of the dequantized experts."""
     for op in COVERS:
@@ -84,15 +105,23 @@ def test_gradient(need, device):
         ([-1, 2, 3], "offsets"),
         ([[1, 2, 3]], "offsets"),
         ([1.0, 2.0, 3.0], "offsets"),
+        # differences of neighbours that wrap to positive numbers
+        ([1000, 2**63 - 1, -(2**63), -1, 3], "offsets"),
+        (torch.tensor([1000, 2**31 - 1, -(2**31), -1, 3], dtype=torch.int32), "offsets"),
+        ([-(2**63), -1, 0], "offsets"),
+        ([2**63 - 1, -(2**63), 3], "offsets"),
     ),
     ids=str,
 )
 def test_bad_offsets(need, device, offsets, error):
     need("grouped_linear_4bit")
-    weight = make_weight(3, 10, 64)
-    offsets = torch.tensor(offsets)
+    offsets = torch.as_tensor(offsets)
+    weight = make_weight(offsets.shape[-1], 10, 64)
     if device.type != "cpu" and offsets.dim() == 1 and not offsets.is_floating_point():
         pytest.skip("the values of offsets are the caller's business on a device that they would be copied from")
     with pytest.raises((TypeError, ValueError), match=error):
         args = (*weight.args(device), 10)
         torch.ops.fourbit.grouped_linear_4bit(normal(8, 64).to(device), offsets.to(device), *args)
+    with pytest.raises((TypeError, ValueError), match=error):
+        args = (*weight.args(device), 64)
+        torch.ops.fourbit.grouped_linear_4bit_grad(normal(8, 10).to(device), offsets.to(device), *args)

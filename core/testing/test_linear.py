@@ -30,6 +30,9 @@ SHAPES = (
 ROWS = (1, 2, 3, 4, 7, 8, 9, 16, 17, 33)
 """Of x: around the sizes at which a backend changes its kernel."""
 
+PREFILL = (129, 300, 513, 640, 1100, 2100, 4100)
+"""Rows of x of whole prompts: past each built-in backend's last change of kernel, split of the rows, and threads."""
+
 double = pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -175,6 +178,19 @@ def test_large(need, device, dtype):
         for rows in (1, 4):
             forward(normal(rows, shape[1]).to(device, dtype), weight, dtype)
             backward(normal(rows, shape[0]).to(device, dtype), weight, dtype)
+
+
+@double
+@every_dtype
+@pytest.mark.parametrize("rows", PREFILL)
+def test_prefill(need, device, rows, dtype, double_quant):
+    """As many rows as prompts have, also in a batch; the weight is small, so that it takes no time."""
+    for op in COVERS:
+        need(op, dtype, double_quant=double_quant)
+    for n, k in ((40, 128), (33, 70)):
+        weight = make_weight(n, k, double_quant=double_quant)
+        forward(normal(rows, k, seed=rows).to(device, dtype), weight, dtype, normal(n).to(device, dtype))
+        backward(normal(2, -(-rows // 2), n, seed=rows).to(device, dtype), weight, dtype)
 
 
 def test_public_function(need, device):

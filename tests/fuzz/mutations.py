@@ -149,7 +149,7 @@ def state_json(rng: random.Random) -> Case:
         del meta[rng.choice(sorted(meta))]
     else:
         field_name = rng.choice((*sorted(meta), "nested_offset", "nested_blocksize", "nested_dtype", "extra"))
-        value = rng.choice((junk(rng), meta.get(field_name), 32, "fp4", "float16", "float64", 256, 1e39, [5, 33]))
+        value = rng.choice((junk(rng), meta.get(field_name), 32, "fp4", "float16", "float64", 256, 3.45e38, [5, 33]))
         text = text.rstrip()[:-1] + b", " + json.dumps({field_name: value}).encode()[1:]
     if action not in (0, 5):
         text = json.dumps(meta).encode()

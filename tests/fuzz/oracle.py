@@ -164,7 +164,9 @@ def decode(name: str, tensors: dict) -> tuple[str, tuple[int, ...], bytes]:
         if nested:
             need(meta["nested_blocksize"] == 256 and meta["nested_dtype"] == "float32", f"{name}: nested")
             offset = meta["nested_offset"]
-            need(type(offset) in (int, float) and abs(offset) < 3.5e38, f"{name}: offset")
+            need(type(offset) in (int, float) and abs(offset) < 1e39, f"{name}: offset")
+            with np.errstate(over="ignore"):
+                need(bool(np.isfinite(np.float32(offset))), f"{name}: offset")
             need(parts[".absmax"][0] == "U8" and prod(parts[".absmax"][1]) == blocks, f"{name}: absmax")
             codes = np.frombuffer(parts[".absmax"][2], "u1")
             groups = np.repeat(floats(".nested_absmax", -(-blocks // 256)), 256)[:blocks]

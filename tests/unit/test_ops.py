@@ -47,6 +47,9 @@ def test_non_contiguous_arguments(weight):
     assert not x.is_contiguous() and not strided.is_contiguous() and not scales.is_contiguous()
     torch.testing.assert_close(fourbit.linear_4bit(x, strided, replace(state, absmax=scales)), x @ w.T)
     assert torch.equal(fourbit.dequantize_4bit(strided, state), w)
+    if state.double_quant:
+        table = torch.stack([state.nested_code, state.nested_code], dim=-1)[..., 0]
+        torch.testing.assert_close(fourbit.linear_4bit(x, strided, replace(state, nested_code=table)), x @ w.T)
     assert torch.equal(fourbit.embedding_4bit(torch.arange(48)[::5], strided, state), w[::5])
     view = randn(64, 48).T
     again, _ = fourbit.quantize_4bit(view, blocksize=32)
@@ -213,7 +216,7 @@ def test_the_others_say_what_is_wrong(call, error, message):
 
 def test_offsets_of_experts_are_checked():
     packed, state = fourbit.quantize_4bit(randn(2, 4, 32), blocksize=32)
-    for offsets in ([3, 2], [-1, 4], [2, 6]):
+    for offsets in ([3, 2], [-1, 4], [2, 6], [2**63 - 1, -(2**63)]):  # the last one's difference wraps to 1
         with pytest.raises(ValueError, match="offsets must rise from 0 to at most 5 rows"):
             fourbit.grouped_linear_4bit(torch.zeros(5, 32), torch.tensor(offsets), packed, state)
     with pytest.raises(TypeError, match="offsets must be int32 or int64"):

@@ -159,6 +159,7 @@ WRONG_FIELDS = [
     *[("nested_blocksize", v) for v in (128, 0, None, "256", 512, [256])],
     *[("nested_dtype", v) for v in ("float16", None, 32)],
     *[("nested_offset", v) for v in (None, "0", True, [0.1], 1e39, -1e39, 10**400, {})],
+    *[("nested_offset", v) for v in (3.45e38, -3.45e38, 345 * 10**36, 3.4028235677973366e38)],  # inf in float32
     ("unknown", 1),
 ]
 
