@@ -2,8 +2,9 @@
 
 Everything that must keep its bits is an integer tensor: `qweight` uint8, and float32 scales as int32 bit
 patterns. Casts (`.half()`), mixed precision and serialization then have nothing to round, and rows shard on
-dimension 0. They are FrozenTensors: nobody's arithmetic on `parameters()` reaches them. `weight` is a throw-away `WeightView` of the logical shape and dtype, so that libraries which read or
-write `module.weight` (peft's merges, initializations) work without knowing of fourbit.
+dimension 0. They are FrozenTensors: nobody's arithmetic on `parameters()` reaches them. `weight` is a throw-away
+`WeightView` of the logical shape and dtype, so that libraries which read or write `module.weight` (peft's merges,
+initializations) work without knowing of fourbit.
 """
 
 from __future__ import annotations
