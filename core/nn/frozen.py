@@ -50,7 +50,7 @@ class FrozenTensor(Tensor):
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
         """As nn.Parameter's: a parameter that shares the storage of `data`."""
-        return frozen(data, parameter=True)
+        return frozen(data.detach() if type(data) is nn.Parameter else data, parameter=True)
 
     @classmethod
     def __torch_function__(
@@ -99,13 +99,20 @@ class FrozenTensor(Tensor):
 
 
 def frozen(tensor: Tensor, parameter: bool) -> Tensor:
-    """A FrozenTensor over the storage of an ordinary tensor; any other kind (fake, DTensor) stays what it is."""
-    if type(tensor) not in (Tensor, nn.Parameter, FrozenTensor):
+    """A FrozenTensor over the storage of an ordinary tensor; any other kind (fake, DTensor) stays what it is.
+
+    An nn.Parameter becomes one and stays the same object, as modules may share it.
+    """
+    if type(tensor) is nn.Parameter:
+        tensor.__class__ = FrozenTensor  # type: ignore[assignment]
+        tensor._is_param = True  # as nn.Parameter marks those of other classes
+        return tensor
+    if type(tensor) not in (Tensor, FrozenTensor):
         return nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     with _plain():
         result = _alias(tensor)
     if parameter:
-        result._is_param = True  # as nn.Parameter marks those of other classes
+        result._is_param = True
     return result
 
 

@@ -314,9 +314,24 @@ def test_copies_are_guarded_too(how, double_quant):
 
 def test_assigned_tensors_are_guarded():
     model = Adapted()
-    model.base.qweight = nn.Parameter(torch.zeros(64, 48, dtype=torch.uint8), requires_grad=False)
+    qweight = nn.Parameter(torch.zeros(64, 48, dtype=torch.uint8), requires_grad=False)
+    model.base.qweight = qweight
     model.base.codebook = model.base.codebook.clone()
+    assert model.base.qweight is qweight
     assert_guarded(model)
+
+
+@pytest.mark.parametrize("how", ("itself", "deepcopy", "pickle", "torch.save", "half", "share_memory", "to_empty"))
+def test_a_shared_parameter_stays_shared(how):
+    model = Adapted()
+    model.other = Linear4bit(96, 64, bias=False)
+    model.other.qweight = model.base.qweight
+    if how == "to_empty":
+        copied = copy.deepcopy(model).to_empty(device="cpu")
+    else:
+        copied = COPIES[how](model)
+    assert copied.other.qweight is copied.base.qweight
+    assert_guarded(copied)
 
 
 def test_another_process_gets_the_shared_storage():
