@@ -3,7 +3,9 @@
 `torch.set_flush_denormal(True)` (subnormal numbers count as zero) sets the calling thread alone: torch's other threads
 keep what they began with, so that a large tensor comes out flushed in one part and not in another. `subnormals_kept`
 computes as if it had not been set. The native CPU kernels set each thread themselves, the rounding mode included.
-What torch multiplies (`functional.linear` on a dequantized weight) is torch's own and follows the setting.
+
+Not covered, being torch's own: what it multiplies (`functional.linear` on a dequantized weight), and those threads of
+its that began while flushing was on, for a caller that has turned it off again.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 
@@ -157,3 +159,33 @@ def test_the_setting_is_the_callers_again_afterwards():
                 packed, state = fourbit.quantize_4bit(w)
                 fourbit.embedding_4bit(torch.tensor([1024]), packed, state)
             assert float_environment.flushes()
+
+
+def test_threads_that_began_while_the_caller_flushed():
+    """They inherit the setting, and keep it when the caller has turned it off."""
+    program = """
+import torch, fourbit
+from fourbit.testing.inputs import normal
+w = normal(1024, 2048) * 2.0**-127
+torch.set_num_threads(1)
+want = fourbit.quantize_4bit(w)[1].absmax
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+torch.ones(1 << 20).mul(2)
+torch.set_flush_denormal(False)
+assert want.count_nonzero() and (want < 2.0**-126).any()
+with fourbit.use_backend("cpu"):
+    packed, state = fourbit.quantize_4bit(w)
+    got = fourbit.dequantize_4bit(packed, state)
+torch.set_num_threads(1)
+with fourbit.use_backend("reference"):
+    other, other_state = fourbit.quantize_4bit(w)
+    assert torch.equal(packed, other)
+    assert torch.equal(state.absmax.view(torch.int32), other_state.absmax.view(torch.int32))
+    assert torch.equal(got.view(torch.int32), fourbit.dequantize_4bit(packed, other_state).view(torch.int32))
+"""
+    (info,) = [info for info in fourbit.backends() if info.name == "cpu"]
+    if info.state != "ready":
+        skip_or_fail(f"backend cpu is {info.state}: {info.reason}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
