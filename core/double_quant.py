@@ -12,6 +12,8 @@ from math import ldexp
 import torch
 from torch import Tensor
 
+from fourbit.float_environment import subnormals_kept
+
 NESTED_BLOCKSIZE = 256
 """Scales that share a nested scale. Fixed: it is what every published checkpoint has."""
 
@@ -48,6 +50,7 @@ def _divide_to_float32(total: int, count: int) -> float:
     return ldexp(-quotient if total < 0 else quotient, shift - 149)
 
 
+@subnormals_kept
 def encode_scales(
     absmax: Tensor, code: Tensor, quantize_blockwise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,6 +75,7 @@ def encode_scales(
     return codes, nested_absmax, code, offset
 
 
+@subnormals_kept
 def decode_scales(codes: Tensor, nested_absmax: Tensor, nested_code: Tensor, nested_offset: Tensor) -> Tensor:
     """Scales as float32, in the shape of `codes`."""
     flat = codes.reshape(-1)

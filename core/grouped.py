@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fourbit import double_quant
+from fourbit.float_environment import subnormals_kept
 
 if TYPE_CHECKING:
     from fourbit.backend import Backend
@@ -48,6 +49,7 @@ def _one_expert(backend: Backend, x: Tensor, weight: Weight, expert: int, n: int
     return backend.linear_4bit_grad(x, packed, absmax, code, blocksize, k)
 
 
+@subnormals_kept
 def slice_expert(weight: Weight, expert: int, size: int) -> Weight | None:
     """The packed weight of one expert of `size` elements, its scales decoded; None if blocks straddle experts."""
     packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset = weight

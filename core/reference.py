@@ -12,6 +12,7 @@ from torch.nn import functional
 from fourbit import double_quant
 from fourbit.backend import Backend, OpQuery
 from fourbit.codebooks import thresholds
+from fourbit.float_environment import subnormals_kept
 from fourbit.hookspecs import hookimpl
 
 CHUNK = 1 << 21
@@ -70,6 +71,7 @@ def _as_blocks(part: Tensor, blocksize: int) -> Tensor:
     return part.view(-1, blocksize)
 
 
+@subnormals_kept
 def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """See `Backend.quantize_blockwise`."""
     flat = x.reshape(-1)
@@ -82,6 +84,7 @@ def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor,
     return codes.view(x.shape), absmax
 
 
+@subnormals_kept
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """See `Backend.dequantize_blockwise`."""
     out = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
@@ -101,6 +104,7 @@ class ReferenceBackend(Backend):
     device_types = ("*",)
     priority = 0
 
+    @subnormals_kept
     def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
         flat = w.reshape(-1)
         count = flat.numel()
@@ -114,6 +118,7 @@ class ReferenceBackend(Backend):
             packed[start // 2 : -(-end // 2)] = (codes[0::2] << 4) | codes[1::2]
         return packed.view(-1, 1), absmax
 
+    @subnormals_kept
     def dequantize_4bit(
         self,
         packed: Tensor,
@@ -150,7 +155,7 @@ class ReferenceBackend(Backend):
         decoder = _Decoder(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
         parts = []
         for first, last in _row_chunks(out_features, k, blocksize):
-            w = decoder.range(first * k, last * k).view(last - first, k).to(x.dtype)
+            w = decoder.range(first * k, last * k, x.dtype).view(last - first, k)
             parts.append(functional.linear(x, w, None if bias is None else bias[first:last]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -170,7 +175,7 @@ class ReferenceBackend(Backend):
         decoder = _Decoder(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
         total: Tensor | None = None
         for first, last in _row_chunks(n, in_features, blocksize):
-            w = decoder.range(first * in_features, last * in_features).view(-1, in_features).to(grad.dtype)
+            w = decoder.range(first * in_features, last * in_features, grad.dtype).view(-1, in_features)
             part = grad[..., first:last] @ w
             if last - first == n:
                 return part
@@ -178,6 +183,7 @@ class ReferenceBackend(Backend):
         assert total is not None
         return total.to(grad.dtype)
 
+    @subnormals_kept
     def embedding_4bit(
         self,
         ids: Tensor,
@@ -242,14 +248,15 @@ class _Decoder:
         # one lookup a byte: the pairs of values that each of the 256 bytes stands for
         self.pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
 
-    def range(self, start: int, end: int) -> Tensor:
-        """Elements start to end, 1-D; `start` must be a multiple of the blocksize."""
+    @subnormals_kept
+    def range(self, start: int, end: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Elements start to end, 1-D, as `dtype`; `start` must be a multiple of the blocksize."""
         count, blocksize = end - start, self.blocksize
         values = functional.embedding(self.packed[start // 2 : -(-end // 2)].int(), self.pairs).view(-1)[:count]
         scale = self.absmax[start // blocksize : -(-end // blocksize)]
         if count % blocksize == 0:
-            return (values.view(-1, blocksize) * scale[:, None]).view(-1)
-        return values * scale.repeat_interleave(blocksize)[:count]
+            return (values.view(-1, blocksize) * scale[:, None]).view(-1).to(dtype)
+        return (values * scale.repeat_interleave(blocksize)[:count]).to(dtype)
 
     def rows(self, ids: Tensor, dim: int) -> Tensor:
         """Rows `ids` of a weight with `dim` columns: [len(ids), dim]."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 from types import ModuleType
 
-import torch
+from fourbit.float_environment import torch_parallel_for
 
 ISA_VARIABLE = "FOURBIT_CPU_ISA"
 
@@ -30,21 +29,6 @@ def load() -> tuple[ModuleType | None, str]:
     if wanted not in found:
         raise ValueError(f"{ISA_VARIABLE}={wanted!r}: this machine and this build have {', '.join(found)}")
     _native.select_instruction_set(wanted)
-    _native.set_parallel_for(_torch_parallel_for())
+    # Torch's own pool keeps `torch.set_num_threads` true and leaves no second pool to fight with. None, 0: one thread.
+    _native.set_parallel_for(ctypes.cast(torch_parallel_for(), ctypes.c_void_p).value or 0)
     return _native, wanted
-
-
-def _torch_parallel_for() -> int:
-    """The address of torch's C function of that name, 0 if it cannot be found: kernels then use one thread.
-
-    Going through torch's own pool keeps `torch.set_num_threads` true and leaves no second pool to fight with.
-    """
-    folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
-        if (folder / name).exists():
-            try:
-                function = ctypes.CDLL(str(folder / name)).torch_parallel_for
-            except (OSError, AttributeError):
-                return 0
-            return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0

@@ -2,8 +2,9 @@
 
 Everything that must keep its bits is an integer tensor: `qweight` uint8, and float32 scales as int32 bit
 patterns. Casts (`.half()`), mixed precision and serialization then have nothing to round, and rows shard on
-dimension 0. `weight` is a throw-away `WeightView` of the logical shape and dtype, so that libraries which read or
-write `module.weight` (peft's merges, initializations) work without knowing of fourbit.
+dimension 0. They are FrozenTensors: nobody's arithmetic on `parameters()` reaches them. `weight` is a throw-away
+`WeightView` of the logical shape and dtype, so that libraries which read or write `module.weight` (peft's merges,
+initializations) work without knowing of fourbit.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from torch import Tensor, nn
 from fourbit import checks, codebooks, registry
 from fourbit.double_quant import NESTED_BLOCKSIZE
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
+from fourbit.nn.frozen import FrozenTensor, frozen, plain
+from fourbit.nn.loading import entry_errors
 from fourbit.nn.view import WeightView
 from fourbit.state import QuantState
 
 _float32 = torch.float32
+_plain = torch._C.DisableTorchFunctionSubclass
+_modes = torch._C._len_torch_dispatch_stack
+_compiling = torch.compiler.is_compiling
 _FLOAT32_NAN = 0x7FC00000
 _NESTED_BUFFERS = ("nested_scales", "nested_codebook", "nested_offset")
 _STORAGE = ("qweight", "scales", "codebook", *_NESTED_BUFFERS)
@@ -42,6 +48,11 @@ class PackedModule(nn.Module):
         weight_shape: torch.Size of `weight`.
 
     Until a weight is stored or loaded the scales are NaN: what was never set computes NaN, not garbage.
+
+    What `state_dict()` holds aliases the storage and is guarded like it (see FrozenTensor). An average of such state
+    dicts, made by hand, has float32 in place of the integers: `load_state_dict` refuses it, and takes one in which
+    only the floating-point entries were averaged. FSDP2's shards are DTensors of ordinary integers: there whoever
+    averages must leave out what requires no gradient.
     """
 
     _is_hf_initialized = True  # transformers' initialization must not overwrite packed weights
@@ -75,7 +86,7 @@ class PackedModule(nn.Module):
         self.weight_shape = torch.Size(shape)
         packed_shape, scales_shape = self._storage_shapes()
         qweight = torch.zeros(packed_shape, dtype=torch.uint8, device=where)
-        self.qweight = nn.Parameter(qweight, requires_grad=False)
+        self.qweight = FrozenTensor(qweight)
         blocks = prod(scales_shape)
         if double_quant:
             scales = torch.zeros(scales_shape, dtype=torch.uint8, device=where)
@@ -86,8 +97,9 @@ class PackedModule(nn.Module):
             self.register_buffer("nested_offset", torch.zeros(1, dtype=torch.int32, device=where))
         else:
             scales = torch.full(scales_shape, _FLOAT32_NAN, dtype=torch.int32, device=where)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.scales = FrozenTensor(scales)
         self.register_buffer("codebook", _bits(codebooks.get(quant_type).tensor()).to(where, copy=True))
+        self._freeze()
 
     def _storage_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         *lead, last = self.weight_shape
@@ -96,6 +108,14 @@ class PackedModule(nn.Module):
         scales = (*lead, last // self.blocksize) if last % self.blocksize == 0 else (-(-count // self.blocksize),)
         return packed, scales
 
+    def _freeze(self) -> None:
+        """Make FrozenTensors of the storage, where it has been replaced by ordinary tensors."""
+        tables: tuple[dict[str, Any], dict[str, Any]] = (self._parameters, self._buffers)
+        for tensors in tables:
+            for name in _STORAGE:
+                if type(tensors.get(name)) in (Tensor, nn.Parameter):
+                    tensors[name] = frozen(tensors[name], parameter=tensors is self._parameters)
+
     # ---- reading and writing the weight ------------------------------------------------------------
 
     def packed_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -103,12 +123,15 @@ class PackedModule(nn.Module):
         # straight from the dicts: nn.Module's attribute look-up costs as much as all the rest
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
-        qweight, scales = parameters["qweight"], parameters["scales"]
-        code = buffers["codebook"].view(_float32)
-        if not self.double_quant:
-            return qweight, scales.view(_float32), code, None, None, None
-        a, b, c = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
-        return qweight, scales, code, a, b, c
+        qweight, scales, code = parameters["qweight"], parameters["scales"], buffers["codebook"]
+        if not _compiling() and _modes():  # a dispatch mode may know ordinary tensors alone
+            qweight, scales, code = plain(qweight), plain(scales), plain(code)
+            buffers = {name: plain(tensor) for name, tensor in buffers.items()}
+        with _plain():
+            if not self.double_quant:
+                return qweight.detach(), scales.view(_float32), code.view(_float32), None, None, None
+            a, b, c = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
+            return qweight.detach(), scales.detach(), code.view(_float32), a, b, c
 
     def quant_state(self) -> tuple[Tensor, QuantState]:
         """`(packed, state)`, sharing the module's storage."""
@@ -178,6 +201,8 @@ class PackedModule(nn.Module):
                 return  # what `module.weight += x` assigns after it has been written
             self.store(value)
             return
+        if name in _STORAGE and type(value) in (Tensor, nn.Parameter):  # also what load_state_dict(assign=True) assigns
+            value = frozen(value, parameter=isinstance(value, nn.Parameter))
         super().__setattr__(name, value)
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
@@ -198,6 +223,7 @@ class PackedModule(nn.Module):
         # what does `fn` do to a floating-point weight? Then that is the logical dtype from here on.
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
         result = super()._apply(keep_bits, recurse)  # type: ignore[no-untyped-call]
+        self._freeze()
         self._set_dtype(probe.dtype)
         return result
 
@@ -211,33 +237,34 @@ class PackedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """All of the weight or none of it, also with strict=False: half a weight would compute garbage."""
-        mine = [name for name in _STORAGE if getattr(self, name, None) is not None]
-        found = [name for name in mine if prefix + name in state_dict]
-        errors = []
-        if found and len(found) < len(mine):
-            errors = [f"{prefix}{name} is missing beside {prefix}{found[0]}" for name in mine if name not in found]
-        elif found:
-            errors = [e for name in mine if (e := self._entry_error(name, state_dict[prefix + name], prefix))]
+        """All of the module or nothing of it: everything is looked through before anything is taken.
+
+        A bias may be absent (whether that is an error torch decides when all modules are done, and `strict` here is
+        always true), but no part of the weight: half a weight would compute garbage.
+        """
+        own = {
+            name: tensor
+            for tensors in (self._parameters, self._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None and name not in self._non_persistent_buffers_set
+        }
+        table = _bits(codebooks.get(self.quant_type).tensor())
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        errors = entry_errors(
+            own, [name for name in _STORAGE if name in own], table, self.quant_type, state_dict, prefix, assign
+        )
         if errors:
             error_msgs += errors
-            return
+            # torch's own look finds the module's tensors as they are, and reports what is missing or unexpected
+            unchanged = {prefix + k: v for k, v in own.items() if prefix + k in state_dict}
+            state_dict = {**state_dict, **unchanged}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _entry_error(self, name: str, value: Any, prefix: str) -> str | None:
-        want = getattr(self, name)
-        if not isinstance(value, Tensor) or value.dtype != want.dtype:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            return f"{prefix}{name}: want {want.dtype}, got {got} (is the double quantization another?)"
-        if value.shape != want.shape:
-            return f"{prefix}{name}: want shape {list(want.shape)}, got {list(value.shape)} (another blocksize?)"
-        if name == "codebook" and value.device.type != "meta":
-            table = _bits(codebooks.get(self.quant_type).tensor())
-            if not torch.equal(value.cpu(), table):
-                return f"{prefix}{name}: the values are not those of {self.quant_type!r}, which this module holds"
-        return None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._freeze()
 
     def extra_repr(self) -> str:
         """The shape and the quantization, for repr()."""

@@ -122,6 +122,12 @@ void probe_race() {
   parallel_for(0, 1000, 1, body, counter);
 }
 
+void check_memory(int64_t missing) {
+  if (missing == 0) return;
+  std::fprintf(stderr, "server: %s has no memory for %" PRId64 " bytes of scratch\n", call.op, missing);
+  std::exit(3);
+}
+
 // What the kernel returns, or -1.
 int64_t run_op(const Kernels& kernels) {
   const std::string op = call.op;
@@ -182,10 +188,8 @@ int64_t run_op(const Kernels& kernels) {
     const void* bias = op == "linear_4bit" ? a.pointer<const void>() : nullptr;
     auto* out = a.pointer<void>();
     a.complete();
-    if (op == "linear_4bit")
-      kernels.linear_4bit(x, dtype, m, n, k, weight, bias, out);
-    else
-      kernels.linear_4bit_grad(x, dtype, m, n, k, weight, out);
+    check_memory(op == "linear_4bit" ? kernels.linear_4bit(x, dtype, m, n, k, weight, bias, out)
+                                     : kernels.linear_4bit_grad(x, dtype, m, n, k, weight, out));
   } else if (op == "grouped_linear_4bit" || op == "grouped_linear_4bit_grad") {
     const auto* x = a.pointer<const void>();
     const Dtype dtype = a.dtype();
@@ -196,7 +200,7 @@ int64_t run_op(const Kernels& kernels) {
     auto* out = a.pointer<void>();
     a.complete();
     const auto kernel = op == "grouped_linear_4bit" ? kernels.grouped_linear_4bit : kernels.grouped_linear_4bit_grad;
-    kernel(x, dtype, rows, ends, experts, n, k, weight, out);
+    check_memory(kernel(x, dtype, rows, ends, experts, n, k, weight, out));
   } else {
     protocol_error("no such op");
   }

@@ -235,12 +235,13 @@ inline void dot_segment(const Dot& dot, const Segment& segment, const typename D
 }
 
 template <typename Dot, int M>
-void dot_product(const void* x, Dtype dtype, int64_t n, int64_t k, const Weight& weight, int64_t origin,
-                 const void* bias, void* out, bool serial) {
+int64_t dot_product(const void* x, Dtype dtype, int64_t n, int64_t k, const Weight& weight, int64_t origin,
+                    const void* bias, void* out, bool serial) {
   using Type = typename Dot::Type;
   constexpr int ROWS = Dot::ROWS;
-  Type* ordered =
-      static_cast<Type*>(workspace(PANELS, M * round_up(k, GROUP) * static_cast<int64_t>(sizeof(Type))));
+  const int64_t bytes = M * round_up(k, GROUP) * static_cast<int64_t>(sizeof(Type));
+  Type* ordered = static_cast<Type*>(workspace(PANELS, bytes));
+  if (ordered == nullptr) return bytes;
   for (int64_t term = 0; term < k; term += GROUP)
     for (int m = 0; m < M; ++m)
       Dot::convert(x, dtype, m * k + term, min64(GROUP, k - term), ordered + (term * M + m * GROUP));
@@ -250,11 +251,13 @@ void dot_product(const void* x, Dtype dtype, int64_t n, int64_t k, const Weight&
   const int64_t ahead = walk.terms == k ? AHEAD_BYTES : (AHEAD_BYTES / (walk.terms / 2) + 1) * (k / 2);
   const bool nested = weight.nested_absmax != nullptr;
   const int64_t room = walk.terms / 32 + 4;  // scales of one row's segment
-  auto body = [&](int64_t task) {
+  auto body = [&](int64_t task) -> int64_t {
     const Dot dot(weight.code);
     const int64_t begin = task * walk.rows, end = min64(begin + walk.rows, n);
     F sums[MAX_TASK_ROWS][M];
-    float* buffer = static_cast<float*>(workspace(TASK, ROWS * room * static_cast<int64_t>(sizeof(float))));
+    const int64_t needed = ROWS * room * static_cast<int64_t>(sizeof(float));
+    float* buffer = static_cast<float*>(workspace(TASK, needed));
+    if (buffer == nullptr) return needed;
     auto segment = [&](int64_t row, int64_t term, auto scaled, auto rows, F(*into)[M]) {
       constexpr int R = decltype(rows)::value;
       const Segment part{weight.packed, origin + row * k + term, min64(walk.terms, k - term), k, ahead, shift};
@@ -296,19 +299,17 @@ void dot_product(const void* x, Dtype dtype, int64_t n, int64_t k, const Weight&
         store_some(static_cast<char*>(out) + (m * n + row) * size_of(dtype), dtype, add(y, added), count);
       }
     }
+    return 0;
   };
-  parallel((n + walk.rows - 1) / walk.rows, serial, body);
+  return parallel((n + walk.rows - 1) / walk.rows, serial, body);
 }
 
 template <int M, template <int> typename Dots>
-bool dispatch_rows(int64_t m, const void* x, Dtype dtype, int64_t n, int64_t k, const Weight& weight, int64_t origin,
-                   const void* bias, void* out, bool serial) {
-  if (m == M) {
-    dot_product<Dots<M>, M>(x, dtype, n, k, weight, origin, bias, out, serial);
-    return true;
-  }
+int64_t dispatch_rows(int64_t m, const void* x, Dtype dtype, int64_t n, int64_t k, const Weight& weight,
+                      int64_t origin, const void* bias, void* out, bool serial) {
+  if (m == M) return dot_product<Dots<M>, M>(x, dtype, n, k, weight, origin, bias, out, serial);
   if constexpr (M > 1) return dispatch_rows<M - 1, Dots>(m, x, dtype, n, k, weight, origin, bias, out, serial);
-  return false;
+  return 0;
 }
 
 template <int M>

@@ -23,7 +23,9 @@ struct Weight {
 };
 
 // What each function does is said in core/backend.py; here only how the arguments are laid out. All sizes have
-// been checked. Pointers have the alignment of their type and no more.
+// been checked. Pointers have the alignment of their type and no more. Each computes in the default floating-point
+// environment (float_environment.h). The linear ones return 0, or how many bytes of scratch memory the system did not
+// have: `out` is then unfinished.
 struct Kernels {
   const char* name;
 
@@ -41,17 +43,17 @@ struct Kernels {
   int64_t (*embedding_4bit)(const void* ids, int id_bytes, int64_t count, int64_t rows, int64_t dim,
                             const Weight& weight, Dtype dtype, void* out);
   // x [m, k], weight [n, k], bias [n] or null, x's dtype -> out [m, n]
-  void (*linear_4bit)(const void* x, Dtype dtype, int64_t m, int64_t n, int64_t k, const Weight& weight,
-                      const void* bias, void* out);
+  int64_t (*linear_4bit)(const void* x, Dtype dtype, int64_t m, int64_t n, int64_t k, const Weight& weight,
+                         const void* bias, void* out);
   // grad [m, n], weight [n, k] -> out [m, k]
-  void (*linear_4bit_grad)(const void* grad, Dtype dtype, int64_t m, int64_t n, int64_t k, const Weight& weight,
-                           void* out);
+  int64_t (*linear_4bit_grad)(const void* grad, Dtype dtype, int64_t m, int64_t n, int64_t k, const Weight& weight,
+                              void* out);
   // x [rows, k], weight [experts, n, k], ends [experts] (ascending, at most rows) -> out [rows, n]
-  void (*grouped_linear_4bit)(const void* x, Dtype dtype, int64_t rows, const int64_t* ends, int64_t experts,
-                              int64_t n, int64_t k, const Weight& weight, void* out);
+  int64_t (*grouped_linear_4bit)(const void* x, Dtype dtype, int64_t rows, const int64_t* ends, int64_t experts,
+                                 int64_t n, int64_t k, const Weight& weight, void* out);
   // grad [rows, n] -> out [rows, k]
-  void (*grouped_linear_4bit_grad)(const void* grad, Dtype dtype, int64_t rows, const int64_t* ends,
-                                   int64_t experts, int64_t n, int64_t k, const Weight& weight, void* out);
+  int64_t (*grouped_linear_4bit_grad)(const void* grad, Dtype dtype, int64_t rows, const int64_t* ends,
+                                      int64_t experts, int64_t n, int64_t k, const Weight& weight, void* out);
 };
 
 // Defined in isa/*.cpp; which of them are compiled in depends on the architecture (CMakeLists.txt).

@@ -76,6 +76,15 @@ void run(int64_t elements, Work work) {
   PyEval_RestoreThread(state);
 }
 
+// The result of an op that returns how much scratch memory it could not have: None, or a Python error.
+PyObject* done(const char* op, int64_t missing) {
+  if (missing == 0) Py_RETURN_NONE;
+  return PyErr_Format(PyExc_RuntimeError,
+                      "%s: no memory for %lld bytes of scratch; fewer rows at a time and fewer threads"
+                      " (torch.set_num_threads) need less",
+                      op, static_cast<long long>(missing));
+}
+
 PyObject* quantize_4bit(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments args(values, count);
   const void* w = args.pointer<const void>();
@@ -157,8 +166,9 @@ PyObject* linear_4bit(PyObject*, PyObject* const* values, Py_ssize_t count) {
   const void* bias = args.pointer<const void>();
   void* out = args.pointer<void>();
   if (!args.complete()) return nullptr;
-  run(m * n * k, [&] { active->linear_4bit(x, dtype, m, n, k, weight, bias, out); });
-  Py_RETURN_NONE;
+  int64_t missing = 0;
+  run(m * n * k, [&] { missing = active->linear_4bit(x, dtype, m, n, k, weight, bias, out); });
+  return done("linear_4bit", missing);
 }
 
 PyObject* linear_4bit_grad(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -169,8 +179,9 @@ PyObject* linear_4bit_grad(PyObject*, PyObject* const* values, Py_ssize_t count)
   const Weight weight = args.weight();
   void* out = args.pointer<void>();
   if (!args.complete()) return nullptr;
-  run(m * n * k, [&] { active->linear_4bit_grad(grad, dtype, m, n, k, weight, out); });
-  Py_RETURN_NONE;
+  int64_t missing = 0;
+  run(m * n * k, [&] { missing = active->linear_4bit_grad(grad, dtype, m, n, k, weight, out); });
+  return done("linear_4bit_grad", missing);
 }
 
 template <bool Gradient>
@@ -185,8 +196,9 @@ PyObject* grouped(PyObject*, PyObject* const* values, Py_ssize_t count) {
   void* out = args.pointer<void>();
   if (!args.complete()) return nullptr;
   auto kernel = Gradient ? active->grouped_linear_4bit_grad : active->grouped_linear_4bit;
-  run(rows * n * k, [&] { kernel(x, dtype, rows, ends, experts, n, k, weight, out); });
-  Py_RETURN_NONE;
+  int64_t missing = 0;
+  run(rows * n * k, [&] { missing = kernel(x, dtype, rows, ends, experts, n, k, weight, out); });
+  return done(Gradient ? "grouped_linear_4bit_grad" : "grouped_linear_4bit", missing);
 }
 
 PyObject* advise(PyObject*, PyObject* const* values, Py_ssize_t count) {

@@ -197,17 +197,18 @@ struct ForwardTasks {
   using Type = typename E::Type;
   static constexpr int ROW = TERMS + 64 / sizeof(Type);  // a stride that is no power of two: cache sets
 
-  static void run(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k,
-                  const void* bias, Dtype dtype, void* out, bool serial) {
+  static int64_t run(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k,
+                     const void* bias, Dtype dtype, void* out, bool serial) {
     const int64_t blocks = (n + ROWS - 1) / ROWS, parts = (panels.m + MAX_M - 1) / MAX_M;
     const bool aligned = origin % 32 == 0 && k % 32 == 0;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize));
     const int64_t ldc = round_up(min64(panels.m, MAX_M), W);
-    auto body = [&](int64_t task) {
+    const int64_t bytes = ROWS * (ROW * static_cast<int64_t>(sizeof(Type)) + ldc * static_cast<int64_t>(4));
+    auto body = [&](int64_t task) -> int64_t {
       const int64_t first = task / parts * ROWS, part = task % parts;
       const int64_t count = min64(ROWS, n - first), begin = part * MAX_M, end = min64(begin + MAX_M, panels.m);
-      Type* scratch = static_cast<Type*>(
-          workspace(TASK, ROWS * ROW * static_cast<int64_t>(sizeof(Type)) + ROWS * ldc * static_cast<int64_t>(4)));
+      Type* scratch = static_cast<Type*>(workspace(TASK, bytes));
+      if (scratch == nullptr) return bytes;
       float* c = reinterpret_cast<float*>(scratch + ROWS * ROW);
       for (int64_t term = 0; term < k; term += TERMS) {
         const int64_t terms = min64(TERMS, k - term), steps = (terms + E::STEP - 1) / E::STEP;
@@ -228,18 +229,18 @@ struct ForwardTasks {
                                        c + (panel * Panels<E>::LANES - begin), ldc, term == 0);
       }
       store_outputs(c, ldc, begin, end - begin, first, count, bias, dtype, n, out);
+      return 0;
     };
-    parallel(blocks * parts, serial, body);
+    return parallel(blocks * parts, serial, body);
   }
 };
 
 template <typename E>
-void forward_product(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k,
-                     const void* bias, Dtype dtype, void* out, bool serial) {
+int64_t forward_product(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k,
+                        const void* bias, Dtype dtype, void* out, bool serial) {
   if (panels.count() == 1)
-    ForwardTasks<E, 24, REDUCED_FEW>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
-  else
-    ForwardTasks<E, 96, REDUCED>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
+    return ForwardTasks<E, 24, REDUCED_FEW>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
+  return ForwardTasks<E, 96, REDUCED>::run(panels, weight, origin, n, k, bias, dtype, out, serial);
 }
 
 // linear_4bit_grad: the outputs are columns of the weight, the terms its rows.
@@ -249,17 +250,18 @@ struct GradientProduct {
   static constexpr int COLUMNS = 192;
   static constexpr int TERMS = REDUCED / 2;
 
-  static void run(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k, Dtype dtype,
-                  void* out, bool serial) {
+  static int64_t run(const Panels<E>& panels, const Weight& weight, int64_t origin, int64_t n, int64_t k, Dtype dtype,
+                     void* out, bool serial) {
     const int64_t blocks = (k + COLUMNS - 1) / COLUMNS, parts = (panels.m + MAX_M - 1) / MAX_M;
     const bool aligned = origin % 32 == 0 && k % 32 == 0;
     const int shift = __builtin_ctzll(static_cast<unsigned long long>(weight.blocksize));
     const int64_t ldc = round_up(min64(panels.m, MAX_M), W);
-    auto body = [&](int64_t task) {
+    const int64_t bytes = COLUMNS * (TERMS * static_cast<int64_t>(sizeof(Type)) + ldc * static_cast<int64_t>(4));
+    auto body = [&](int64_t task) -> int64_t {
       const int64_t first = task / parts * COLUMNS, part = task % parts;
       const int64_t count = min64(COLUMNS, k - first), begin = part * MAX_M, end = min64(begin + MAX_M, panels.m);
-      Type* scratch = static_cast<Type*>(workspace(
-          TASK, TERMS * COLUMNS * static_cast<int64_t>(sizeof(Type)) + COLUMNS * ldc * static_cast<int64_t>(4)));
+      Type* scratch = static_cast<Type*>(workspace(TASK, bytes));
+      if (scratch == nullptr) return bytes;
       float* c = reinterpret_cast<float*>(scratch + TERMS * COLUMNS);
       alignas(64) Type rows[E::STEP][COLUMNS] = {};
       for (int64_t term = 0; term < n; term += TERMS) {
@@ -282,8 +284,9 @@ struct GradientProduct {
                                                      steps, c + (panel * Panels<E>::LANES - begin), ldc, term == 0);
       }
       store_outputs(c, ldc, begin, end - begin, first, count, nullptr, dtype, k, out);
+      return 0;
     };
-    parallel(blocks * parts, serial, body);
+    return parallel(blocks * parts, serial, body);
   }
 };
 

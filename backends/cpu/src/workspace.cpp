@@ -1,6 +1,5 @@
 #include "workspace.h"
 
-#include <cstdio>
 #include <cstdlib>
 
 #include "huge_pages.h"
@@ -29,11 +28,7 @@ void* workspace(Slot slot, int64_t bytes) {
     const int64_t rounded = (bytes + unit - 1) / unit * unit;
     buffer.data = std::aligned_alloc(static_cast<size_t>(unit), static_cast<size_t>(rounded));
     buffer.bytes = buffer.data == nullptr ? 0 : rounded;
-    if (buffer.data == nullptr) {
-      std::fprintf(stderr, "fourbit: no memory for %lld bytes of scratch\n", static_cast<long long>(bytes));
-      std::abort();
-    }
-    if (unit > 64) advise_huge_pages(buffer.data, rounded);
+    if (buffer.data != nullptr && unit > 64) advise_huge_pages(buffer.data, rounded);
   }
   return buffer.data;
 }

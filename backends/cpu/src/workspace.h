@@ -8,8 +8,8 @@ namespace fourbit {
 // PANELS: what one call shares among its threads, owned by the calling thread. TASK: what one task works in.
 enum Slot { PANELS = 0, TASK = 1 };
 
-// At least `bytes` of memory at a multiple of 64, the calling thread's until its next request for that slot.
-// Aborts where the system has no memory, as nothing in a kernel could report it.
+// At least `bytes` of memory at a multiple of 64, the calling thread's until its next request for that slot. Null
+// where the system has none: the slot is then empty, and the next request starts afresh.
 void* workspace(Slot slot, int64_t bytes);
 
 // Gives a slot of the calling thread back if it is larger than is worth keeping.
