@@ -64,13 +64,17 @@ def test_quantize_with_every_blocksize(arch, blocksize, on):
     assert_quantizes(on(arch), values(2 * blocksize + 77, torch.bfloat16), CODEBOOKS["nf4"], blocksize)
 
 
-@pytest.mark.parametrize("arch", BOTH_WAVES)
-def test_quantize_what_hurts(arch, on):
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(arch, torch.float32) for arch in BOTH_WAVES] + [(arch, torch.bfloat16) for arch in tiers.NEW_ARCHS],
+    ids=str,
+)
+def test_quantize_what_hurts(arch, dtype, on):
     """Subnormals, the largest floats, ties, NaN and Inf: the ways around 1/absmax, and division itself."""
     backend = on(arch)
     for make in PLAIN.values():
-        assert_quantizes(backend, make(300), CODEBOOKS["nf4"], 64)
-    assert_quantizes(backend, non_finite(128)[0], CODEBOOKS["nf4"], 128)
+        assert_quantizes(backend, make(300).to(dtype), CODEBOOKS["nf4"], 64)
+    assert_quantizes(backend, non_finite(128)[0].to(dtype), CODEBOOKS["nf4"], 128)
 
 
 @everywhere
