@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fourbit.backends.gpu.device import DeviceProps
 from fourbit.backends.gpu.spec import KernelSpec
 from fourbit.backends.rocm import RocmBackend, compiler, libraries
-from fourbit.backends.rocm.driver import RocmKernel, RocmLauncher
+from fourbit.backends.rocm.driver import RocmKernel, RocmLauncher, device_props
 from fourbit.backends.rocm.targets import target
 from tests.gcn import standin, tiers
 from tests.gcn.errors import KernelTrap
@@ -77,23 +77,15 @@ class EmulatedBackend(RocmBackend):
 
     device_types = ("cpu",)
 
-    def __init__(self, emulator: standin.Emulator, arch: str, name: str = "rocm", compute_units: int = 2) -> None:
+    def __init__(self, emulator: standin.Emulator, arch: str, name: str = "rocm", units: int = 1) -> None:
         super().__init__()
         self.name = name
         self.emulator = emulator
         self.arch = arch
         where = target(arch)
-        self.props = DeviceProps(
-            index=0,
-            name=f"emulated {arch}",
-            arch=where.number,
-            sm_count=compute_units,
-            l2_bytes=4 << 20,
-            shared_per_block=65536,
-            shared_per_sm=65536,
-            regs_per_sm=65536 * 2,
-            max_threads_per_sm=2048,
-            warp_size=where.wave,
+        # few units, so that small inputs are more than the device holds at once
+        self.props = device_props(
+            where, index=0, name=f"emulated {arch}", units=units, l2_bytes=4 << 20, wave=where.wave
         )
 
     def unavailable(self) -> str | None:

@@ -1,8 +1,8 @@
 """Packed and mixed-precision vector instructions: two results from halves or neighbouring registers.
 
 After AMD's CDNA 3 and RDNA 3 ISA documents, VOP3P: the low result takes of each source the part that op_sel names, and
-neg_lo negates it; the high one the part that op_sel_hi names, and neg_hi negates it. v_pk_mov_b32 alone has no op_sel_hi:
-its low result is source 0's part by op_sel[0], its high one source 1's by op_sel[1].
+neg_lo negates it; the high one the part that op_sel_hi names, and neg_hi negates it. v_pk_mov_b32 alone has no
+op_sel_hi: its low result is source 0's part by op_sel[0], its high one source 1's by op_sel[1].
 """
 
 from __future__ import annotations

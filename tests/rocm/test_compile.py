@@ -15,6 +15,12 @@ LDS_BYTES = 65536
 REGISTERS = {64: 512, 32: 256}
 """Vector registers of a lane at most, by wave size (CDNA counts its accumulation registers in)."""
 
+FIT = {
+    **{("linear_vector", lds << 10): fit for lds, fit in ((64, 2), (128, 4), (160, 4))},  # 32 KB each
+    **{("linear_mfma", lds << 10): fit for lds, fit in ((64, 3), (160, 8))},  # 20 KB each
+}
+"""Workgroups that fit a unit, by the kernel and the unit's LDS."""
+
 # Memory of a lane's own means spilled registers or an indexed array; calls mean that something was not inlined.
 FORBIDDEN = ("scratch_", "buffer_store", "buffer_load", "s_swappc", "s_setpc")
 
@@ -33,6 +39,17 @@ def test_every_variant(arch, device, capsys):
         assert info.lds_size <= LDS_BYTES, f"{label}: {info.lds_size} bytes of LDS"
         threads = max(int(dict(spec.defines).get("BLOCKSIZE", 0)) // 8, 256)
         assert info.max_workgroup_size >= threads, f"{label}: at most {info.max_workgroup_size} work items"
+        # where HIP counts workgroup processors: see targets.py
+        assert info.wgp_mode == (where.wave == 32 and tier is not tiers.HIPRTC5), label
+        fit = where.workgroups(info, threads)
+        assert fit > 0 and fit * info.lds_size <= where.unit.lds, f"{label}: {fit} workgroups a unit"
+        expected = FIT.get((spec.name, where.unit.lds))
+        if (
+            expected is not None and int(dict(spec.defines).get("M", 1)) >= 4
+        ):  # as the registers of some compilers allow
+            assert expected // 2 <= fit <= expected, f"{label}: {fit} fit"
+        elif expected is not None:
+            assert fit == expected, f"{label}: {fit} fit"
         for instruction in disassemble(image, arch)[spec.name]:
             assert not instruction.mnemonic.startswith(FORBIDDEN), f"{label}: {instruction.text}"
         count += 1

@@ -140,6 +140,25 @@ def test_linear(arch, dtype, on):
     assert check_linear(backend, dtype, 17, 20, 128, 64, True) == "dequantize_4bit"
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rows", "fit"),  # rows of the weight that a workgroup takes at a time; workgroups that fit a unit
+    (
+        ("gfx90a", torch.float16, 16, 2),
+        ("gfx90a", torch.bfloat16, 16, 3),
+        ("gfx950", torch.bfloat16, 16, 8),
+        ("gfx1030", torch.bfloat16, 32, 4),
+        ("gfx1100", torch.float16, 32, 4),
+    ),
+    ids=str,
+)
+def test_a_product_fills_the_device_once(arch, dtype, rows, fit, on):
+    """As many workgroups as the device holds, each with tile after tile, and never more than there are tiles."""
+    for units, tiles in ((1, fit + 2), (2, 2 * fit + 1), (2, 2)):
+        backend = on(arch, units=units)
+        check_linear(backend, dtype, 1, rows * tiles - 3, 64, 64, False)
+        assert backend.emulator.launches[-1][1] == (min(tiles, units * fit), 1, 1)
+
+
 @pytest.mark.parametrize("m", range(1, 17))
 def test_every_number_of_rows(m, on):
     check_linear(on("gfx90a"), torch.float16, m, 35, 128, 64, False)
