@@ -13,7 +13,7 @@ class DeviceProps:
         index: torch's device index.
         name: as the driver reports it.
         arch: compute capability times ten on CUDA (90 for 9.0).
-        sm_count: multiprocessors (compute units).
+        sm_count: multiprocessors (of AMD's: compute units on CDNA, workgroup processors on RDNA).
         l2_bytes: second-level cache.
         shared_per_block: shared memory that one block can have if its kernel opts in, bytes.
         shared_per_sm: shared memory of a multiprocessor, bytes.

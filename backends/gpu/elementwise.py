@@ -55,12 +55,13 @@ TILES_A_BLOCK = 8
 
 def _blocks(launcher: Launcher, spec: KernelSpec, threads: int, tiles: int) -> int:
     """As many blocks as the device holds at once, or up to four times as many if each has tiles enough."""
-    resident = _resident(launcher, spec, threads)
-    return min(tiles, max(resident, min(tiles // TILES_A_BLOCK, resident * MOST_WAVES)))
+    at_once = resident(launcher, spec, threads)
+    return min(tiles, max(at_once, min(tiles // TILES_A_BLOCK, at_once * MOST_WAVES)))
 
 
 @cache
-def _resident(launcher: Launcher, spec: KernelSpec, threads: int) -> int:
+def resident(launcher: Launcher, spec: KernelSpec, threads: int) -> int:
+    """Blocks of `threads` that the device holds at once."""
     return max(launcher.kernel(spec).blocks_per_sm(threads), 1) * launcher.props.sm_count
 
 

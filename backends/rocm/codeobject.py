@@ -52,6 +52,12 @@ class KernelInfo:
     descriptor: bytes
 
     @property
+    def wgp_mode(self) -> bool:
+        """Whether a workgroup's waves may be on both compute units of a workgroup processor; never on CDNA."""
+        (rsrc1,) = struct.unpack_from("<I", self.descriptor, 48)
+        return bool(rsrc1 >> 29 & 1)
+
+    @property
     def explicit_arguments(self) -> tuple[Argument, ...]:
         """The arguments that the caller passes, in order."""
         return tuple(argument for argument in self.arguments if not argument.hidden)

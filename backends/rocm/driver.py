@@ -14,7 +14,7 @@ from fourbit.backends.gpu.device import DeviceProps
 from fourbit.backends.gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit.backends.gpu.spec import KernelSpec
 from fourbit.backends.rocm import compiler, libraries
-from fourbit.backends.rocm.targets import Target, arch_of, target
+from fourbit.backends.rocm.targets import SIMDS, Target, arch_of, target
 
 # Under ROCm too torch's names say "cuda": the result is a hipStream_t.
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
@@ -52,24 +52,23 @@ def pack(args: Sequence[int]) -> ctypes.Structure:
 
 
 class RocmKernel(Kernel):
-    """A kernel loaded on one device."""
+    """A kernel loaded on one device. `module` and `code` live as long as it does: see `RocmLauncher._load`."""
 
-    def __init__(self, spec: KernelSpec, function: Any, launcher: RocmLauncher, code: bytes) -> None:
+    def __init__(self, spec: KernelSpec, function: Any, module: Any, launcher: RocmLauncher, code: bytes) -> None:
         self.spec = spec
+        self._module, self._code = module, code
         self._function = function
         self._launcher = launcher
         self._index = launcher.props.index
         self._hip = libraries.bindings()[0]
-        info = compiler.check_code(spec, launcher.target, code)
+        self._info = info = compiler.check_code(spec, launcher.target, code)
         self.registers = info.vgprs
         self.local_bytes = info.private_size
         self.static_shared_bytes = info.lds_size
         self.parameters = len(info.explicit_arguments)
-        self.module: Any = None  # the function is valid as long as it lives
 
     def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
-        occupancy = self._hip.hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
-        return int(check(occupancy, f"occupancy of kernel {self.spec.label()}"))
+        return self._launcher.target.workgroups(self._info, threads, shared_bytes)
 
     def launch(
         self, grid: Grid, threads: int, shared_bytes: int, args: Sequence[int], overlapping: bool = False
@@ -99,7 +98,7 @@ class RocmLauncher(Launcher):
         if arch is None:
             arch = arch_of(torch.cuda.get_device_properties(index).gcnArchName)
         self.target: Target = target(arch)
-        super().__init__(props or _props(index, self.target))
+        super().__init__(props or _reported_props(index, self.target))
         if self.props.warp_size != self.target.wave:
             raise LaunchError(
                 f"{self.props.name} ({arch}) reports waves of {self.props.warp_size} lanes, and kernels for {arch} are"
@@ -118,8 +117,8 @@ class RocmLauncher(Launcher):
         what = f"kernel {spec.label()} ({self.target.arch}) on {self.props.name}"
         module = check(hip.hipModuleLoadData(code), what)
         function = check(hip.hipModuleGetFunction(module, spec.name.encode()), what)
-        kernel = RocmKernel(spec, function, self, code)
-        kernel.module = module
+        # the function is valid as long as the module is, and HIP may go on reading the module's image: both are kept
+        kernel = RocmKernel(spec, function, module, self, code)
         if shared_bytes + kernel.static_shared_bytes > self.props.shared_per_block:
             raise LaunchError(
                 f"{what} wants {shared_bytes} bytes of dynamic LDS beside {kernel.static_shared_bytes}, a workgroup"
@@ -128,19 +127,31 @@ class RocmLauncher(Launcher):
         return kernel
 
 
-def _props(index: int, where: Target) -> DeviceProps:
-    torch_props = torch.cuda.get_device_properties(index)
+def device_props(where: Target, *, index: int, name: str, units: int, l2_bytes: int, wave: int) -> DeviceProps:
+    """DeviceProps of a device with `units` of `targets.Unit`, whose sizes torch and HIP do not all report right."""
     return DeviceProps(
         index=index,
-        name=torch_props.name,
+        name=name,
         arch=where.number,
-        sm_count=torch_props.multi_processor_count,
-        l2_bytes=torch_props.L2_cache_size,
-        shared_per_block=65536,  # LDS of a workgroup on every architecture served, but for CDNA 4's 160 KB
-        shared_per_sm=getattr(torch_props, "shared_memory_per_multiprocessor", 65536),
-        regs_per_sm=getattr(torch_props, "regs_per_multiprocessor", 131072),
-        max_threads_per_sm=torch_props.max_threads_per_multi_processor,
-        warp_size=torch_props.warp_size,
+        sm_count=units,
+        l2_bytes=l2_bytes,
+        shared_per_block=where.unit.lds_of_workgroup,
+        shared_per_sm=where.unit.lds,
+        regs_per_sm=SIMDS * where.unit.vgprs * where.wave,
+        max_threads_per_sm=SIMDS * where.unit.waves * where.wave,
+        warp_size=wave,
+    )
+
+
+def _reported_props(index: int, where: Target) -> DeviceProps:
+    found = torch.cuda.get_device_properties(index)
+    return device_props(
+        where,
+        index=index,
+        name=found.name,
+        units=found.multi_processor_count,
+        l2_bytes=found.L2_cache_size,
+        wave=found.warp_size,
     )
 
 

@@ -41,6 +41,31 @@ def rocm_path(runtime: Path | None, torch_folder: Path, environment: str | None)
     return environment
 
 
+def hip_python_version() -> str:
+    """The version of the distribution hip-python. Raises ImportError if it is not installed."""
+    from importlib.metadata import version
+
+    return version("hip-python")
+
+
+def remedy() -> str:
+    """What hip-python, by its version, goes by to find the HIP libraries, and what to do so that it finds torch's."""
+    import torch
+
+    version, runtimes = hip_python_version(), loaded("libamdhip64.so")
+    folder = runtimes[0].parent if runtimes else Path(torch.__file__).parent / "lib"
+    if int(version.split(".")[0]) < 10:
+        return (
+            f"hip-python {version} ignores ROCM_PATH and finds the libraries through LD_LIBRARY_PATH alone: run"
+            f" pip install 'hip-python>=10', or start Python with LD_LIBRARY_PATH={folder}"
+        )
+    return (
+        f"hip-python {version} takes the libraries from the package rocm-sdk-core where that is installed, else from"
+        " ROCM_PATH: set it to the folder whose lib/ holds libamdhip64.so and libhiprtc.so as torch uses them"
+        f" ({folder})"
+    )
+
+
 def prepare() -> None:
     """Point ROCM_PATH at torch's libraries. Raises RuntimeError if two HIP runtimes are loaded already."""
     import torch
@@ -82,8 +107,8 @@ def bindings() -> tuple[Any, Any]:
         runtimes = loaded("libamdhip64.so")
         if len({path.resolve() for path in runtimes}) > 1:
             raise RuntimeError(
-                f"hip-python loaded a second HIP runtime ({', '.join(map(str, runtimes))}): start Python with"
-                f" LD_LIBRARY_PATH={runtimes[0].parent}, which hip-python before 10 searches, or update hip-python"
+                f"hip-python loaded a second HIP runtime ({', '.join(map(str, runtimes))}), and a kernel's pointers"
+                " would belong to one of them only"
             )
         _prepared = True
     return hip, hiprtc

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import OpQuery
-from fourbit.backends.gpu import pieces
+from fourbit.backends.gpu import elementwise, pieces
 from fourbit.backends.gpu.elementwise import DTYPE_CODES
 from fourbit.backends.gpu.launcher import Launcher
 from fourbit.backends.gpu.spec import KernelSpec
@@ -22,9 +22,6 @@ FUSED_ROWS = 16
 THREADS = 256
 VECTOR_ROWS = 4
 """Outputs that a wave of linear_vector.cu computes at a time; with many rows of x, registers allow only two."""
-
-BLOCKS_PER_UNIT = 2
-"""Workgroups per compute unit: each fills a table of 32 KB, and a compute unit has 64 KB of LDS."""
 
 Optional = Tensor | None
 
@@ -96,7 +93,6 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
     packed, absmax, code, *nested = weight.addresses()
     args = (x.data_ptr(), packed, absmax, code, *nested, 0 if bias is None else bias.data_ptr(), out.data_ptr())
     shift, is_nested = weight.blocksize.bit_length() - 1, weight.nested_absmax is not None
-    most = launcher.props.sm_count * BLOCKS_PER_UNIT
     if chosen == "mfma":
         spec, tiles, sizes = mfma_spec(x.dtype, is_nested), -(-out_features // 16), (m, out_features, k, shift)
     else:
@@ -104,7 +100,9 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
         rows = dict(spec.defines)["ROWS"]
         tiles = -(-out_features // (int(rows) * (THREADS // launcher.props.warp_size)))
         sizes = (m, out_features, k, shift)
-    launcher.launch(spec, (min(tiles, most), 1, 1), THREADS, 0, (*args, *sizes))
+    # each workgroup fills its table first, so no more of them than fit at once: they take tile after tile
+    blocks = min(tiles, elementwise.resident(launcher, spec, THREADS))
+    launcher.launch(spec, (blocks, 1, 1), THREADS, 0, (*args, *sizes))
     return out
 
 

@@ -25,7 +25,7 @@ def _no_bindings() -> str | None:
     except ImportError as error:
         return f'hip-python is missing ({_first_line(error)}): pip install "fourbit[rocm]"'
     except Exception as error:
-        return f"hip-python cannot open torch's HIP libraries ({_first_line(error)}): reinstall hip-python and torch"
+        return f"hip-python does not use torch's HIP libraries ({_first_line(error)}). {libraries.remedy()}"
     return None
 
 

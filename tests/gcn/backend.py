@@ -8,21 +8,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourbit.backends.gpu.device import DeviceProps
 from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import RocmBackend, compiler, libraries
-from fourbit.backends.rocm.driver import RocmKernel, RocmLauncher
+from fourbit.backends.rocm import RocmBackend, libraries
+from fourbit.backends.rocm.driver import RocmKernel, RocmLauncher, device_props
 from fourbit.backends.rocm.targets import target
 from tests.gcn import standin, tiers
 from tests.gcn.errors import KernelTrap
-
-NEWER_HIP = (6, 4)
-"""HIP version that the newer architectures are compiled with, instead of the stand-in's 5.2."""
 
 
 class _Created(TorchDispatchMode):
@@ -59,13 +55,7 @@ class EmulatedLauncher(RocmLauncher):
         self.tier = tiers.tier_for(arch)
 
     def _load(self, spec: KernelSpec, shared_bytes: int) -> RocmKernel:
-        if self.tier is tiers.HIPRTC5:
-            return super()._load(spec, shared_bytes)
-        with (
-            mock.patch.object(compiler, "compile_source", self.tier.compile),
-            mock.patch.object(libraries, "hip_version", lambda: NEWER_HIP),
-            mock.patch.object(libraries, "hip_build", lambda: self.tier.name),
-        ):
+        with tiers.serving(self.tier):
             return super()._load(spec, shared_bytes)
 
     def _is_capturing(self) -> bool:
@@ -77,23 +67,15 @@ class EmulatedBackend(RocmBackend):
 
     device_types = ("cpu",)
 
-    def __init__(self, emulator: standin.Emulator, arch: str, name: str = "rocm", compute_units: int = 2) -> None:
+    def __init__(self, emulator: standin.Emulator, arch: str, name: str = "rocm", units: int = 1) -> None:
         super().__init__()
         self.name = name
         self.emulator = emulator
         self.arch = arch
         where = target(arch)
-        self.props = DeviceProps(
-            index=0,
-            name=f"emulated {arch}",
-            arch=where.number,
-            sm_count=compute_units,
-            l2_bytes=4 << 20,
-            shared_per_block=65536,
-            shared_per_sm=65536,
-            regs_per_sm=65536 * 2,
-            max_threads_per_sm=2048,
-            warp_size=where.wave,
+        # few units, so that small inputs are more than the device holds at once
+        self.props = device_props(
+            where, index=0, name=f"emulated {arch}", units=units, l2_bytes=4 << 20, wave=where.wave
         )
 
     def unavailable(self) -> str | None:

@@ -15,7 +15,7 @@ typedef struct {
 } launch_t;
 
 typedef int (*handler_t)(int what, const void *data, size_t size, int64_t handle, void *result);
-enum { LOAD = 0, FUNCTION = 1, LAUNCH = 2, OCCUPANCY = 3, UNLOAD = 4 };
+enum { LOAD = 0, FUNCTION = 1, LAUNCH = 2, UNLOAD = 3 };
 enum { INVALID_VALUE = 1, NOT_INITIALIZED = 3, NO_DEVICE = 100, NOT_SUPPORTED = 801 };
 
 static handler_t handler;
@@ -49,10 +49,6 @@ int hipModuleGetFunction(void **function, void *module, const char *name) {
 }
 
 int hipModuleUnload(void *module) { return handler ? handler(UNLOAD, 0, 0, (int64_t)module, 0) : NOT_INITIALIZED; }
-
-int hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, size_t shared) {
-    return handler ? handler(OCCUPANCY, &threads, shared, (int64_t)function, blocks) : NOT_INITIALIZED;
-}
 
 int hipModuleLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void *stream, void **parameters, void **extra) {

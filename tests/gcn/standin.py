@@ -93,7 +93,7 @@ class Emulator:
 
     def _handle(self, what: int, data: int, size: int, handle: int, result: ctypes.Array) -> int:
         try:
-            (self._load, self._function, self._launch, self._occupancy, self._unload)[what](data, size, handle, result)
+            (self._load, self._function, self._launch, self._unload)[what](data, size, handle, result)
             return 0
         except BaseException as error:  # no exception may cross into C
             self.failure = error
@@ -117,9 +117,6 @@ class Emulator:
         self.launches.append((kernel.info.name, grid, threads[0]))
         kernel.launch(self._reachable(), grid, threads, arguments, launch.shared, self.seed, self.schedule)
         self.executed += kernel.program.executed - before
-
-    def _occupancy(self, data: int, size: int, handle: int, result: ctypes.Array) -> None:
-        ctypes.cast(result, ctypes.POINTER(ctypes.c_int))[0] = 2
 
     def _unload(self, data: int, size: int, handle: int, result: ctypes.Array) -> None:
         self._modules[handle - 1] = {}

@@ -14,6 +14,7 @@ from tests.gcn.disassembly import decode, objdump, parse
 from tests.gcn.launch import load
 from tests.gcn.machine import Program
 from tests.gcn.memory import Memory
+from tests.gcn.waves import Waves
 from tests.support import skip_or_fail
 
 SAMPLES = (Path(__file__).parent / "samples" / "barriers.hip").read_text()
@@ -135,6 +136,9 @@ def test_arguments_of_the_wrong_size(kernels):
         "s_setreg_b32 hwreg(HW_REG_MODE), s0",
         "buffer_load_dword v0, off, s[0:3], 0",
         "v_pk_fma_f16 v0, v1, v2, v3 clamp",
+        "v_pk_mov_b32 v[0:1], v[2:3], v[4:5] neg_lo:[1,0]",
+        "v_pk_add_u16 v0, v1, v2 neg_lo:[1,0]",
+        "v_pk_mul_f32 v[0:1], v[2:3], 2.0",
         "ds_add_rtn_u32 v0, v1, v2",
     ),
 )
@@ -143,6 +147,64 @@ def test_what_is_unknown_is_refused(text):
     program = Program([instruction, decode("s_endpgm", 0x108, 4)], "gfx90a", 64)
     with pytest.raises(errors.UnknownInstruction):
         program._decode(program.blocks[0x100])
+
+
+# Registers of `step`, float32 in pairs and float16 in halves: the upper half of v1 is 4, its lower one 3, and so on.
+PAIRS = {"v2": 1.5, "v3": -2.5, "v4": 4.25, "v5": 8.0, "v6": 0.5, "v7": -0.125, "s4": 16.0, "s5": 32.0}
+HALVES = {"v0": (9.0, 7.0), "v1": (3.0, 4.0), "v2": (0.5, -8.0), "v3": (32.0, 64.0)}  # (low, high)
+
+
+def step(text, target="gfx90a"):
+    """The registers v0 and v1 of all lanes after one instruction, as float32 and, where HALVES are set, as float16."""
+    waves = Waves(1, 64, 8, 0, np.zeros(1, int), np.zeros(1, int), seed=5)
+    halved = any(kind in text for kind in ("16", "fma_mix"))
+    for name, value in (HALVES if halved else PAIRS).items():
+        file = waves.v if name[0] == "v" else waves.s
+        file[int(name[1:])] = np.array(value, np.float16 if halved else np.float32).view(np.uint32)
+    Program([decode("s_endpgm", 0, 4)], target, 64)._step(decode(text, 0x100, 8))(waves)
+    assert (waves.v[:2] == waves.v[:2, :, :1]).all(), "lanes differ"
+    first = np.ascontiguousarray(waves.v[:2, 0, 0])
+    return first.view(np.float16)[:2].tolist() if halved else first.view(np.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    (
+        # each result of its own source, by that source's bit of op_sel; op_sel_hi is not looked at
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5]", [1.5, 4.25]),
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5] op_sel:[1,0]", [-2.5, 4.25]),
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5] op_sel:[0,1]", [1.5, 8.0]),
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5] op_sel:[1,1]", [-2.5, 8.0]),
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5] op_sel:[1,0] op_sel_hi:[0,1]", [-2.5, 4.25]),
+        ("v_pk_mov_b32 v[0:1], s[4:5], 2.0 op_sel:[1,0]", [32.0, 2.0]),
+        # the low result by op_sel and neg_lo, the high one by op_sel_hi and neg_hi
+        ("v_pk_mul_f32 v[0:1], v[2:3], v[4:5]", [6.375, -20.0]),
+        ("v_pk_mul_f32 v[0:1], v[2:3], v[4:5] op_sel:[1,0]", [-10.625, -20.0]),
+        ("v_pk_mul_f32 v[0:1], v[2:3], v[4:5] op_sel_hi:[0,1]", [6.375, 12.0]),
+        ("v_pk_mul_f32 v[0:1], v[2:3], 2.0 op_sel_hi:[1,0]", [3.0, -5.0]),
+        ("v_pk_add_f32 v[0:1], v[2:3], v[4:5] op_sel:[1,0] op_sel_hi:[0,1] neg_lo:[0,1] neg_hi:[1,0]", [-6.75, 6.5]),
+        ("v_pk_add_f32 v[0:1], v[2:3], s[4:5] op_sel_hi:[1,0]", [17.5, 13.5]),
+        ("v_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7] op_sel:[0,0,1] op_sel_hi:[1,1,0] neg_hi:[0,1,0]", [6.25, 20.5]),
+        ("v_pk_add_f16 v0, v1, v2", [3.5, -4.0]),
+        ("v_pk_add_f16 v0, v1, v2 op_sel:[1,0] op_sel_hi:[0,1] neg_lo:[1,0] neg_hi:[0,1]", [-3.5, 11.0]),
+        ("v_pk_mul_f16 v0, v1, v2 op_sel:[0,1]", [-24.0, -32.0]),
+        ("v_pk_mul_f16 v0, v1, 2.0 op_sel_hi:[1,0]", [6.0, 8.0]),
+        ("v_pk_add_f16 v0, v1, 1.0", [4.0, 4.0]),  # the upper half of a constant is 0
+        ("v_pk_fma_f16 v0, v1, v2, v3 op_sel:[0,0,1] op_sel_hi:[1,1,0] neg_lo:[0,0,1]", [-62.5, 0.0]),
+        ("v_fma_mixlo_f16 v0, v1, v2, v3 op_sel:[1,0,1] op_sel_hi:[1,1,1]", [66.0, 7.0]),
+        ("v_fma_mixhi_f16 v0, v1, v2, v3 op_sel:[0,1,0] op_sel_hi:[1,1,1]", [9.0, 8.0]),
+    ),
+)
+def test_parts_of_packed_operands(text, expected):
+    assert step(text) == expected
+
+
+def test_a_shuffle_of_pairs(kernels):
+    """What clang writes as v_pk_mov_b32 with unequal op_sel where there is that instruction."""
+    data = np.arange(1024, dtype=np.float32) + 1
+    pairs = data.reshape(256, 2, 2)
+    shuffled = np.stack([pairs[:, 0, 1], pairs[:, 1, 0]], axis=1) * pairs[:, 1]
+    assert (run(kernels, "shuffles", data.view(np.uint32), results=512) == shuffled.reshape(-1).view(np.uint32)).all()
 
 
 def test_a_line_that_is_not_understood():

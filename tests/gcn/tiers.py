@@ -17,14 +17,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fourbit.backends.gpu.program import program
 from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import compiler
+from fourbit.backends.rocm import compiler, libraries
 from fourbit.backends.rocm.targets import Target
 from tests.support import skip_or_fail
 
@@ -37,6 +39,9 @@ NEW_ARCHS = ("gfx942", "gfx950", "gfx1100", "gfx1201")
 ARCHS = OLD_ARCHS + NEW_ARCHS
 WORKER = Path(__file__).with_name("hiprtc_worker.py")
 PRELUDE = Path(__file__).with_name("prelude.h")
+
+NEWER_HIP = (6, 4)
+"""HIP version that the newer architectures are compiled with, instead of the stand-in's 5.2."""
 
 Compile = Callable[[KernelSpec, str, dict[str, str], tuple[str, ...]], bytes]
 
@@ -137,3 +142,17 @@ def tier_for(arch: str) -> Tier:
             f"no compiler for {arch}: run .ci/amdgpu for hipRTC 6.4 in ${HIPRTC6_FOLDER}, or install clang-22 lld-22"
         )
     return tiers[0]
+
+
+@contextmanager
+def serving(tier: Tier) -> Iterator[None]:
+    """While it lasts, the backend's compiler.py compiles, and caches, by `tier` in place of this process's hipRTC."""
+    if tier is HIPRTC5:
+        yield
+        return
+    with (
+        mock.patch.object(compiler, "compile_source", tier.compile),
+        mock.patch.object(libraries, "hip_version", lambda: NEWER_HIP),
+        mock.patch.object(libraries, "hip_build", lambda: tier.name),
+    ):
+        yield

@@ -1,4 +1,9 @@
-"""Packed and mixed-precision vector instructions: two results from halves or neighbouring registers."""
+"""Packed and mixed-precision vector instructions: two results from halves or neighbouring registers.
+
+After AMD's CDNA 3 and RDNA 3 ISA documents, VOP3P: the low result takes of each source the part that op_sel names, and
+neg_lo negates it; the high one the part that op_sel_hi names, and neg_hi negates it. v_pk_mov_b32 alone has no
+op_sel_hi: its low result is source 0's part by op_sel[0], its high one source 1's by op_sel[1].
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,11 @@ def _negated(read: Reader, negate: int) -> Reader:
 
 def _half_reader(text: str, kind: str, high: int, negate: int) -> Reader:
     """One 16-bit half of a packed operand."""
+    if negate and kind != "f16":
+        raise UnknownInstruction(f"negation of an operand of type {kind}")
     if parse_register(text) is None:
-        bits = constant(text, 16) if "." in text else constant(text, 32)
+        # numbers with a point are float16 in float16 instructions, float32 in integer ones; others 32-bit integers
+        bits = constant(text, 16) if "." in text and kind == "f16" else constant(text, 32)
         value = np.array([[(bits >> 16 if high else bits) & 0xFFFF]], np.uint16)
         typed = value.view({"f16": np.float16, "u16": np.uint16, "i16": np.int16}[kind])
         return _negated(lambda waves: typed, negate)
@@ -65,7 +73,6 @@ SINGLES: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
     "v_pk_fma_f32": (3, floats.fma),
     "v_pk_mul_f32": (2, lambda a, b: a * b),
     "v_pk_add_f32": (2, lambda a, b: a + b),
-    "v_pk_mov_b32": (2, lambda a, b: a),
 }
 
 
@@ -98,20 +105,33 @@ def _packed_halves(instruction: Instruction, target: str) -> Run:
 
 def _packed_singles(instruction: Instruction, target: str) -> Run:
     check_modifiers(instruction, MODIFIERS - {"clamp"})
-    name = canonical(instruction.mnemonic)
-    count, function = SINGLES[name]
+    count, function = SINGLES[canonical(instruction.mnemonic)]
     texts, selects = instruction.operands[1 : 1 + count], _selects(instruction, count)
     low = [_register_reader(t, s[0], s[2]) for t, s in zip(texts, selects, strict=True)]
     high = [_register_reader(t, s[1], s[3]) for t, s in zip(texts, selects, strict=True)]
-    if name == "v_pk_mov_b32":  # the low result is of source 0, the high one of source 1
-        low, high = low[:1] * 2, high[1:] * 2
+    return _pair_of(
+        instruction,
+        lambda waves: function(*(read(waves) for read in low)),
+        lambda waves: function(*(read(waves) for read in high)),
+    )
+
+
+def _packed_move(instruction: Instruction, target: str) -> Run:
+    """v_pk_mov_b32: op_sel_hi, which assemblers print where it is not all ones, has no say."""
+    check_modifiers(instruction, {"op_sel", "op_sel_hi"})
+    parts = bit_list(instruction, "op_sel", 2)
+    first, second = (_register_reader(t, part, 0) for t, part in zip(instruction.operands[1:3], parts, strict=True))
+    return _pair_of(instruction, first, second)
+
+
+def _pair_of(instruction: Instruction, first: Reader, second: Reader) -> Run:
+    """Two float32 results into neighbouring registers; both are read before either is written."""
     destination = register(instruction.operands[0])
 
     def run(waves: Waves) -> None:
-        first = np.array(function(*(read(waves) for read in low)))
-        second = np.array(function(*(read(waves) for read in high)))
-        waves.set_v(destination.index, first.view(np.uint32))
-        waves.set_v(destination.index + 1, second.view(np.uint32))
+        low, high = np.array(first(waves)), np.array(second(waves))
+        waves.set_v(destination.index, low.view(np.uint32))
+        waves.set_v(destination.index + 1, high.view(np.uint32))
 
     return run
 
@@ -157,6 +177,7 @@ def _bit_operation(instruction: Instruction, target: str) -> Run:
 PACKED_OPS: dict[str, Callable[[Instruction, str], Run]] = {
     **dict.fromkeys(HALVES, _packed_halves),
     **dict.fromkeys(SINGLES, _packed_singles),
+    "v_pk_mov_b32": _packed_move,
     **dict.fromkeys(("v_fma_mix_f32", "v_fma_mixlo_f16", "v_fma_mixhi_f16"), _mix),
     **dict.fromkeys(("v_bitop3_b32", "v_bitop3_b16"), _bit_operation),
 }

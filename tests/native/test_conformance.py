@@ -16,6 +16,7 @@ import pytest
 
 from tests.native.builds import VARIANTS
 
+pytestmark = pytest.mark.long  # half a minute for a build, and a minute for each of the variants
 ROOT = Path(__file__).parents[2]
 # the root comes last in the path, so that what is installed wins
 PROGRAM = f"import sys; sys.path.append({str(ROOT)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"

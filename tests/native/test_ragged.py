@@ -16,6 +16,7 @@ from tests.native.backend import NativeServerBackend
 from tests.native.builds import VARIANTS
 from tests.native.client import Server
 
+pytestmark = pytest.mark.long  # half a minute for each build
 NEAR = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 """Widths of vectors, tiles and blocks; sizes are these, or one or a few elements off."""
 

@@ -11,6 +11,7 @@ import torch
 from tests.native.builds import BUILDS, VARIANTS, X86, instruction_sets
 from tests.native.client import Server, ServerError
 
+pytestmark = pytest.mark.long  # half a minute for each build
 READ, WRITE = 0, 1
 INPUT = torch.arange(70, dtype=torch.uint8)
 OUTPUT = (torch.uint8, 70)

@@ -11,6 +11,8 @@ from tests.native.backend import NativeServerBackend
 from tests.native.builds import VARIANTS
 from tests.native.client import Server
 
+pytestmark = pytest.mark.long  # a build of its own
+
 
 @pytest.mark.parametrize("isa", [isa for build, isa in VARIANTS if build == "sanitized"])
 def test_no_races(server_command, isa):

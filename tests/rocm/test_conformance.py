@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ FOURBIT_ALL_PARAMETERS=1 runs them all, and those of TOO_LARGE, which takes some
 
 TOO_LARGE = ("test_quantize.py::test_large", "test_linear.py::test_large", "test_blockwise.py::test_large")
 """Half a minute each, and more: a million elements. Their ragged sizes are in test_kernels.py, smaller."""
+
+ARCHS = ("gfx90a", "gfx1030")
+LAUNCH_NOTHING = ("test_contract", "test_fake", "test_state")
+"""Modules that only ask."""
+
+QUICK = (("test_embedding", "gfx90a"), ("test_embedding", "gfx1030"))
+"""What a short run takes of it."""
 
 MODULES = sorted(path.stem for path in Path(fourbit.testing.__file__).parent.glob("test_*.py"))
 
@@ -56,16 +65,24 @@ class Thinned:
             self.passed.add(report.nodeid)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("arch", ("gfx90a", "gfx1030"))
-@pytest.mark.parametrize("module", MODULES)
+def runs() -> Iterator[Any]:
+    """A module of the suite and an architecture; those that launch nothing on one only."""
+    for module in MODULES:
+        for arch in ARCHS[:1] if module in LAUNCH_NOTHING else ARCHS:
+            marks = () if (module, arch) in QUICK else pytest.mark.long
+            yield pytest.param(module, arch, marks=marks, id=f"{module}-{arch}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "arch"), list(runs()))
 def test_conformance(module, arch, device, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     most = None if os.environ.get("FOURBIT_ALL_PARAMETERS") == "1" else PARAMETERS
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     thinned = Thinned(arch, most)
     registry.load_plugins()
-    registry.register(EmulatedBackend(device, arch))
+    # more units than elsewhere: the emulator runs workgroups side by side faster than one tile after another
+    registry.register(EmulatedBackend(device, arch, units=4))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     before = len(device.launches)
@@ -83,5 +100,5 @@ def test_conformance(module, arch, device, tmp_path, monkeypatch):
         registry.unregister("rocm")
     assert status == pytest.ExitCode.OK, "\n\n".join(thinned.failures)
     assert thinned.passed
-    if module not in ("test_contract", "test_fake", "test_state"):  # those ask, and launch nothing
+    if module not in LAUNCH_NOTHING:
         assert len(device.launches) > before, f"{module} launched nothing"

@@ -25,7 +25,29 @@ EVERYWHERE = [(arch, dtype) for arch in BOTH_WAVES for dtype in DTYPES] + [
     ("gfx1201", torch.bfloat16),
     ("gfx1201", torch.float32),
 ]
-everywhere = pytest.mark.parametrize(("arch", "dtype"), EVERYWHERE, ids=str)
+EACH_ARCH = (
+    ("gfx90a", torch.bfloat16),
+    ("gfx1030", torch.float32),
+    ("gfx942", torch.bfloat16),
+    ("gfx950", torch.float16),
+    ("gfx1100", torch.float16),
+    ("gfx1201", torch.bfloat16),
+)
+EACH_WAVE = EACH_ARCH[:2]
+
+
+def some(values, quick):
+    """Parameter sets, of which a short run takes those in `quick`."""
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=() if value in quick else pytest.mark.long
+        )
+        for value in values
+    ]
+
+
+everywhere = pytest.mark.parametrize(("arch", "dtype"), some(EVERYWHERE, EACH_ARCH), ids=str)
+everywhere_in_short = pytest.mark.parametrize(("arch", "dtype"), some(EVERYWHERE, EACH_WAVE), ids=str)
 
 
 def values(count: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -42,7 +64,7 @@ def assert_quantizes(backend, w, book, blocksize):
 
 
 @everywhere
-@pytest.mark.parametrize("blocksize", (64, 128))
+@pytest.mark.parametrize("blocksize", some((64, 128), (64,)))
 def test_quantize(arch, dtype, blocksize, on):
     backend = on(arch)
     for count in RAGGED:
@@ -51,7 +73,7 @@ def test_quantize(arch, dtype, blocksize, on):
 
 
 @pytest.mark.parametrize("arch", BOTH_WAVES)
-@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("codebook", some(CODEBOOKS, ("fp4",)))
 def test_quantize_with_every_codebook(arch, codebook, on):
     backend = on(arch)
     assert_quantizes(backend, values(1500, torch.float32), CODEBOOKS[codebook], 64)
@@ -59,23 +81,33 @@ def test_quantize_with_every_codebook(arch, codebook, on):
 
 
 @pytest.mark.parametrize("arch", BOTH_WAVES)
-@pytest.mark.parametrize("blocksize", (32, 256, 512, 1024, 2048, 4096))
+@pytest.mark.parametrize("blocksize", some((32, 256, 512, 1024, 2048, 4096), (512,)))
 def test_quantize_with_every_blocksize(arch, blocksize, on):
     assert_quantizes(on(arch), values(2 * blocksize + 77, torch.bfloat16), CODEBOOKS["nf4"], blocksize)
 
 
-@pytest.mark.parametrize("arch", BOTH_WAVES)
-def test_quantize_what_hurts(arch, on):
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    some(
+        [(arch, torch.float32) for arch in BOTH_WAVES] + [(arch, torch.bfloat16) for arch in tiers.NEW_ARCHS],
+        (("gfx942", torch.bfloat16),),
+    ),
+    ids=str,
+)
+def test_quantize_what_hurts(arch, dtype, on):
     """Subnormals, the largest floats, ties, NaN and Inf: the ways around 1/absmax, and division itself."""
     backend = on(arch)
     for make in PLAIN.values():
-        assert_quantizes(backend, make(300), CODEBOOKS["nf4"], 64)
-    assert_quantizes(backend, non_finite(128)[0], CODEBOOKS["nf4"], 128)
+        assert_quantizes(backend, make(300).to(dtype), CODEBOOKS["nf4"], 64)
+    assert_quantizes(backend, non_finite(128)[0].to(dtype), CODEBOOKS["nf4"], 128)
 
 
-@everywhere
-@pytest.mark.parametrize("blocksize", (64, 128))
-@pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
+@everywhere_in_short
+@pytest.mark.parametrize(
+    ("blocksize", "double_quant"),
+    some([(64, False), (64, True), (128, False), (128, True)], ((64, False), (128, True))),
+    ids=("64-plain", "64-double", "128-plain", "128-double"),
+)
 def test_dequantize(arch, dtype, blocksize, double_quant, on):
     backend = on(arch)
     for count in RAGGED + (8 * 256 * 4 + 3,):
@@ -84,7 +116,7 @@ def test_dequantize(arch, dtype, blocksize, double_quant, on):
         assert_same_bits(backend.dequantize_4bit(*args), REFERENCE.dequantize_4bit(*args), f"{count} values")
 
 
-@everywhere
+@everywhere_in_short
 def test_embedding(arch, dtype, on):
     backend = on(arch)
     for dim, double_quant in ((64, False), (70, True), (8, False)):
@@ -95,7 +127,7 @@ def test_embedding(arch, dtype, on):
             assert_same_bits(backend.embedding_4bit(each, *args), REFERENCE.embedding_4bit(each, *args), f"{dim}")
 
 
-@everywhere
+@everywhere_in_short
 def test_blockwise(arch, dtype, on):
     backend, code = on(arch), dynamic_map()
     for count in (1, 300, 2500):
@@ -136,13 +168,35 @@ def test_linear(arch, dtype, on):
     assert check_linear(backend, dtype, 17, 20, 128, 64, True) == "dequantize_4bit"
 
 
-@pytest.mark.parametrize("m", range(1, 17))
+@pytest.mark.parametrize(
+    ("arch", "dtype", "rows", "fit"),  # rows of the weight that a workgroup takes at a time; workgroups that fit a unit
+    some(
+        (
+            ("gfx90a", torch.float16, 16, 2),
+            ("gfx90a", torch.bfloat16, 16, 3),
+            ("gfx950", torch.bfloat16, 16, 8),
+            ("gfx1030", torch.bfloat16, 32, 4),
+            ("gfx1100", torch.float16, 32, 4),
+        ),
+        (("gfx90a", torch.bfloat16, 16, 3), ("gfx1030", torch.bfloat16, 32, 4)),
+    ),
+    ids=str,
+)
+def test_a_product_fills_the_device_once(arch, dtype, rows, fit, on):
+    """As many workgroups as the device holds, each with tile after tile, and never more than there are tiles."""
+    for units, tiles in ((1, fit + 2), (2, 2 * fit + 1), (2, 2)):
+        backend = on(arch, units=units)
+        check_linear(backend, dtype, 1, rows * tiles - 3, 64, 64, False)
+        assert backend.emulator.launches[-1][1] == (min(tiles, units * fit), 1, 1)
+
+
+@pytest.mark.parametrize("m", some(range(1, 17), (5, 16)))
 def test_every_number_of_rows(m, on):
     check_linear(on("gfx90a"), torch.float16, m, 35, 128, 64, False)
     check_linear(on("gfx1030"), torch.bfloat16, m, 11, 264, 64, False)
 
 
-@everywhere
+@everywhere_in_short
 def test_gradient(arch, dtype, on):
     backend = on(arch)
     for n, k, double_quant in ((24, 72, False), (17, 130, True)):
@@ -184,7 +238,7 @@ def test_tensors_at_odd_addresses(arch, on):
 
 
 @pytest.mark.parametrize("arch", BOTH_WAVES)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", some(range(3), (0,)))
 def test_the_order_of_waves_does_not_matter(arch, seed, on):
     """Waves in random order, registers and LDS with other garbage: the same bits."""
     backend = on(arch)

@@ -88,34 +88,53 @@ def _compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
     return code
 
 
+SOURCES = ("quantize.cu", "dequantize.cu", "dequantize_slice.cu", "embedding.cu", "blockwise.cu")
+
+
+def check_elementwise(spec: KernelSpec, arch: int) -> None:
+    """No spills, and few enough registers for three blocks of 256 threads, or one of 512, to share 65536."""
+    found = build(spec, arch)
+    assert found.frame_bytes == 0, f"{spec.label()} on sm_{arch} spills: {found}"
+    assert found.registers <= 80, f"{spec.label()} on sm_{arch}: {found}"
+    assert found.shared_bytes <= 8192, f"{spec.label()} on sm_{arch}: {found}"
+
+
+def check_linear(spec: KernelSpec, arch: int) -> None:
+    """What the plans choose fits the GPU: no spills, threads times registers, static and dynamic shared memory."""
+    found = build(spec, arch)
+    assert found.frame_bytes == 0, f"{spec.label()} on sm_{arch} spills: {found}"
+    assert found.registers <= 255
+    assert found.shared_bytes - RESERVED <= STATIC_SHARED <= props_of(arch).shared_per_block
+
+
+@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "source", ("quantize.cu", "dequantize.cu", "dequantize_slice.cu", "embedding.cu", "blockwise.cu")
-)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_elementwise_kernels(arch, source):
-    """No spills, and few enough registers for three blocks of 256 threads, or one of 512, to share 65536."""
     specs = [spec for spec in elementwise_specs() if spec.source == source]
     assert specs
     for spec in specs:
-        found = build(spec, arch)
-        assert found.frame_bytes == 0, f"{spec.label()} on sm_{arch} spills: {found}"
-        assert found.registers <= 80, f"{spec.label()} on sm_{arch}: {found}"
-        assert found.shared_bytes <= 8192, f"{spec.label()} on sm_{arch}: {found}"
+        check_elementwise(spec, arch)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ARCHS)
 def test_linear_kernels(arch):
-    """What the plans choose fits the GPU: no spills, threads times registers, static and dynamic shared memory."""
-    props = props_of(arch)
     specs = linear_specs(arch)
     assert bool(specs) == (arch >= plan.MIN_ARCH)
     for spec in specs:
-        found = build(spec, arch)
-        assert found.frame_bytes == 0, f"{spec.label()} on sm_{arch} spills: {found}"
-        assert found.registers <= 255
-        assert found.shared_bytes - RESERVED <= STATIC_SHARED <= props.shared_per_block
+        check_linear(spec, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_kernel_of_each_kind(arch):
+    """The short form of the two above: a product, and one of the other sources in turn."""
+    for spec in linear_specs(arch)[:1]:
+        check_linear(spec, arch)
+    source = SOURCES[ARCHS.index(arch) % len(SOURCES)]
+    check_elementwise(next(spec for spec in elementwise_specs() if spec.source == source), arch)
 
 
 def test_every_source_is_compiled_here():

@@ -99,6 +99,7 @@ def test_what_is_missing(monkeypatch):
     as_rocm(monkeypatch, hip=ImportError("No module named 'hip'"))
     assert 'pip install "fourbit[rocm]"' in requirements.missing()
     as_rocm(monkeypatch, hip=RuntimeError("failed to dlopen"))
+    monkeypatch.setattr(libraries, "hip_python_version", lambda: "10.0.0.0.1.2")
     assert "failed to dlopen" in requirements.missing()
     as_rocm(monkeypatch, arch="gfx803")
     assert "device 0: the rocm backend has no kernels for 'gfx803'" in requirements.missing()
@@ -106,6 +107,45 @@ def test_what_is_missing(monkeypatch):
     assert "HIP 6.4 or newer is needed" in requirements.missing()
     as_rocm(monkeypatch)
     assert requirements.missing() is None
+
+
+@pytest.mark.parametrize("version", ("6.4.4.555.40", "7.2.2.562.43"))
+def test_an_old_hip_python_wants_a_variable(monkeypatch, version):
+    """It asks the linker for "libamdhip64.so", whatever ROCM_PATH says."""
+    as_rocm(monkeypatch, hip=RuntimeError("failed to dlopen 'libamdhip64.so': cannot open shared object file"))
+    monkeypatch.setattr(libraries, "hip_python_version", lambda: version)
+    monkeypatch.setattr(libraries, "loaded", lambda name: [Path("/opt/torch/lib") / name])
+    reason = requirements.missing()
+    assert f"hip-python {version} ignores ROCM_PATH" in reason and "cannot open shared object file" in reason
+    assert "pip install 'hip-python>=10'" in reason and "LD_LIBRARY_PATH=/opt/torch/lib" in reason
+
+
+def test_hip_python_10_wants_another_variable(monkeypatch):
+    as_rocm(monkeypatch, hip=RuntimeError("failed to dlopen '/opt/rocm/lib/libamdhip64.so'"))
+    monkeypatch.setattr(libraries, "hip_python_version", lambda: "10.0.0.0.1.2")
+    monkeypatch.setattr(libraries, "loaded", lambda name: [Path("/opt/torch/lib") / f"{name}.6"])
+    reason = requirements.missing()
+    assert "hip-python 10.0.0.0.1.2 takes" in reason and "else from ROCM_PATH" in reason and "/opt/torch/lib" in reason
+    assert "LD_LIBRARY_PATH" not in reason
+
+
+def test_a_second_runtime_is_named(monkeypatch):
+    """hip-python found another libamdhip64 than torch's: both are named, and what this hip-python goes by."""
+    found = [
+        [Path("/opt/torch/lib/libamdhip64.so")],
+        [Path("/opt/torch/lib/libamdhip64.so"), Path("/usr/lib/libamdhip64.so")],
+    ]
+    monkeypatch.setattr(libraries, "_prepared", False)
+    monkeypatch.setattr(libraries, "loaded", lambda name: found.pop(0) if len(found) > 1 else found[0])
+    calls = SimpleNamespace(hipRuntimeGetVersion=lambda: (0, 70200000), hiprtcVersion=lambda: (0, 9, 0))
+    monkeypatch.setattr(libraries, "_modules", lambda: (calls, calls))
+    version = libraries.hip_version
+    as_rocm(monkeypatch)
+    monkeypatch.setattr(libraries, "hip_version", version)
+    monkeypatch.setattr(libraries, "hip_python_version", lambda: "7.2.2.562.43")
+    reason = requirements.missing()
+    assert "a second HIP runtime (/opt/torch/lib/libamdhip64.so, /usr/lib/libamdhip64.so)" in reason
+    assert "start Python with LD_LIBRARY_PATH=/opt/torch/lib" in reason
 
 
 def test_listed_everywhere_and_ready_under_rocm(monkeypatch):
@@ -145,6 +185,58 @@ def test_supports_names_the_architecture(monkeypatch):
 )
 def test_ways_of_a_product(arch, dtype, m, k, blocksize, path):
     assert linear.path(arch, dtype, m, k, blocksize) == path
+
+
+def kernel_info(lds, vgprs, wgp_mode=False, sgprs=64):
+    descriptor = bytes(48) + (wgp_mode << 29).to_bytes(4, "little") + bytes(12)
+    sizes = {"kernarg_size": 104, "lds_size": lds, "private_size": 0, "sgprs": sgprs, "vgprs": vgprs, "agprs": 0}
+    spills = {"sgpr_spills": 0, "vgpr_spills": 0}
+    return codeobject.KernelInfo(
+        "k", 64, **sizes, **spills, max_workgroup_size=256, arguments=(), descriptor=descriptor
+    )
+
+
+KB = 1024
+
+
+@pytest.mark.parametrize(
+    ("arch", "info", "threads", "fit"),
+    (
+        # by LDS: 64 KB of a compute unit, 160 KB of CDNA 4's (in granules of 1280 bytes), 128 KB of a pair of RDNA's
+        ("gfx90a", kernel_info(32 * KB, 90), 256, 2),
+        ("gfx942", kernel_info(20 * KB, 60), 256, 3),
+        ("gfx950", kernel_info(32 * KB, 90), 256, 4),
+        ("gfx950", kernel_info(20 * KB, 60), 256, 8),
+        ("gfx1030", kernel_info(32 * KB, 76), 256, 4),  # hipRTC 5.2: each compute unit for itself
+        ("gfx1100", kernel_info(32 * KB, 75, wgp_mode=True), 256, 4),
+        ("gfx1100", kernel_info(40 * KB, 75, wgp_mode=True), 256, 3),
+        ("gfx1100", kernel_info(40 * KB, 75), 256, 2),  # 24 KB of either half are left
+        # by vector registers: rows of a SIMD, four SIMDs
+        ("gfx942", kernel_info(0, 248), 256, 2),
+        ("gfx1030", kernel_info(0, 207, wgp_mode=True), 256, 2),
+        ("gfx1100", kernel_info(0, 223, wgp_mode=True), 256, 3),
+        ("gfx1100", kernel_info(0, 223), 256, 2),
+        ("gfx1102", kernel_info(0, 223, wgp_mode=True), 256, 2),
+        # by scalar registers, and by waves: eight of a SIMD of CDNA, sixteen of RDNA's
+        ("gfx90a", kernel_info(0, 24, sgprs=106), 256, 7),
+        ("gfx90a", kernel_info(0, 24), 256, 8),
+        ("gfx90a", kernel_info(0, 24), 512, 4),
+        ("gfx1201", kernel_info(0, 24, wgp_mode=True, sgprs=106), 256, 8),
+    ),
+    ids=lambda value: f"{value.lds_size}-{value.vgprs}" if isinstance(value, codeobject.KernelInfo) else str(value),
+)
+def test_workgroups_that_a_unit_holds(arch, info, threads, fit):
+    assert targets.target(arch).workgroups(info, threads) == fit
+    # what a launch adds counts like what the kernel has
+    assert targets.target(arch).workgroups(info, threads, 128 * KB) < fit
+
+
+def test_no_workgroup_has_more_than_its_unit():
+    for each in targets.TARGETS.values():
+        assert each.unit.lds_of_workgroup <= each.unit.lds, each.arch
+        assert (each.unit.compute_units == 2) == (each.wave == 32), each.arch
+        most = kernel_info(each.unit.lds_of_workgroup, 1)
+        assert each.workgroups(most, 256) == each.unit.lds // each.unit.lds_of_workgroup, each.arch
 
 
 @pytest.mark.parametrize("data", (b"", b"\x7fELF\x02" + bytes(100), b"__CLANG_OFFLOAD_BUNDLE__" + bytes(40)))

@@ -10,7 +10,9 @@
 
 #define THREADS 256
 #define WAVES (THREADS / FB_WAVE)
-#define COPIES 16  // of the table, over the banks of the LDS: 16 KB, so that a compute unit holds three workgroups
+// Of the table, over the banks of the LDS: 16 KB, and 4 KB of sums. A compute unit's 64 KB hold three workgroups, the
+// 160 KB of CDNA 4 eight.
+#define COPIES 16
 
 #if FB_HIP
 typedef float f32x4 __attribute__((ext_vector_type(4)));

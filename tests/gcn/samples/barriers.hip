@@ -72,3 +72,10 @@ FB_KERNEL(256) to_half(const float* in, u32* out) { out[threadIdx.x] = float_to_
 FB_KERNEL(256) geometry(const u32* in, u32* out) {
     if (threadIdx.x == 0) out[blockIdx.y * gridDim.x + blockIdx.x] = gridDim.x * 1000 + blockDim.x + in[0];
 }
+
+// Of pairs a and b, (a.y, b.x): one packed move on CDNA 2 and newer.
+typedef float pair_t __attribute__((ext_vector_type(2)));
+FB_KERNEL(256) shuffles(const pair_t* in, pair_t* out) {
+    pair_t a = in[2 * threadIdx.x], b = in[2 * threadIdx.x + 1];
+    out[threadIdx.x] = __builtin_shufflevector(a, b, 1, 2) * b;
+}
