@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fourbit import autograd as _autograd  # noqa: F401  (registers the gradients)
-from fourbit import checks, codebooks, registry
+from fourbit import checks, codebooks, dispatch
 from fourbit.state import QuantState
 
 _quantize: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fourbit.quantize_4bit.default
@@ -49,7 +49,7 @@ def quantize_4bit(
     checks.source("quantize_4bit", "w", w)
     codebook = codebooks.get(quant_type)
     if blocksize is None:
-        blocksize = registry.default_blocksize(w.device)
+        blocksize = dispatch.default_blocksize(w.device)
     checks.blocksize("quantize_4bit", blocksize)
     code = codebook.tensor(w.device)
     packed, absmax = _quantize(w.detach(), code, blocksize, codebook.signed_scale)

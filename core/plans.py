@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourbit import checks, registry
+from fourbit import checks, dispatch
 from fourbit.config import QuantConfig
 from fourbit.state import dtype_name, quantized_nbytes
 
@@ -213,7 +213,7 @@ def plan(
         found = list(_of_folder(Path(model_or_folder), config))
         where, source = None, str(model_or_folder)
     chosen = torch.device(device) if device is not None else where or torch.device("cpu")
-    blocksize = config.blocksize or registry.default_blocksize(chosen)
+    blocksize = config.blocksize or dispatch.default_blocksize(chosen)
     tensors = tuple(_planned(f, config, blocksize) for f in found)
     return QuantPlan(tensors, config, blocksize, source)
 

@@ -35,8 +35,8 @@ with warnings.catch_warnings(record=True) as caught:
         packed, state = fourbit.quantize_4bit(torch.randn(8, 64), double_quant=True)
         y = fourbit.linear_4bit(torch.randn(2, 64), packed, state)
     infos = [[i.name, i.state, i.reason, i.source, i.traceback] for i in fourbit.backends()]
-from fourbit import registry
-used = sorted({r.backend.name for r in registry.resolutions()})
+from fourbit import dispatch
+used = sorted({r.backend.name for r in dispatch.resolutions()})
 messages = [[w.category.__name__, str(w.message)] for w in caught]
 print(json.dumps({"infos": infos, "used": used, "warnings": messages}))
 """
@@ -265,7 +265,7 @@ bad = sorted(m for m in new if m.startswith(("pluggy", "fourbit.backends.", "fou
     "typer", "rich", "numpy", "torch._dynamo", "torch._inductor")))
 assert not bad, bad
 from fourbit import registry
-assert not registry._loaded and not registry._backends
+assert not registry.state.loaded and not registry.state.entries
 assert not torch.cuda.is_initialized()
 """
     run(program, env, "-W", "error::RuntimeWarning")
