@@ -67,12 +67,11 @@ def _search(now: State, query: OpQuery) -> Resolution:
     raise NoBackendError(f"no backend runs {format_query(query)}.{_lines(rejected)}\n{registry.listing(now)}")
 
 
-def _asked(now: State) -> Iterator[tuple[Registered, str | None]]:
+def _asked(now: State) -> list[tuple[Registered, str | None]]:
     """Ready backends, first to be asked first, each with the reason why it may not be asked, if there is one."""
     forced = now.forced[-1].name if now.forced else None
-    for entry in now.entries:
-        barred = forced is not None and entry.name != forced
-        yield entry, f"use_backend({forced!r}) is in force" if barred else None
+    barred = f"use_backend({forced!r}) is in force"
+    return [(entry, barred if forced not in (None, entry.name) else None) for entry in now.entries]
 
 
 def _lines(rejected: Sequence[tuple[str, str]]) -> str:

@@ -114,6 +114,13 @@ class State:
     resolutions: dict[OpQuery, Resolution] = field(init=False, default_factory=dict)
     blocksizes: dict[torch.device, int] = field(init=False, default_factory=dict)
 
+    def entry(self, name: str) -> Registered | None:
+        """The ready backend of that name."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        return None
+
 
 state = State()
 """The present one. Whoever reads more than one thing of it takes it once."""
@@ -232,7 +239,7 @@ def register(backend: Backend, *, source: str = "registered by the program") -> 
         shown = isolation.label(backend)
         try:
             entry = isolation.examine(isolation.instance(backend), source)
-            holder = next((each for each in state.entries if each.name == entry.name), None)
+            holder = state.entry(entry.name)
             if holder is not None:
                 raise Fault(f"the name {entry.name!r} is taken already, by {holder.source}")
             missing = isolation.missing(entry)
@@ -256,7 +263,7 @@ def unregister(name: str) -> None:
     """Take a backend out again. Raises KeyError if there is none of that name."""
 
     def without(now: State) -> dict[str, Any]:
-        if not any(entry.name == name for entry in now.entries):
+        if now.entry(name) is None:
             raise KeyError(name)
         return {
             "entries": tuple(entry for entry in now.entries if entry.name != name),
@@ -313,10 +320,10 @@ def get_backend(name: str) -> Backend:
     """The backend of that name. Raises NoBackendError, with the state of each, if it is not ready."""
     load_plugins()
     now = state
-    for entry in now.entries:
-        if entry.name == name:
-            return entry.backend
-    raise NoBackendError(f"backend {name!r} is not ready.\n{listing(now)}")
+    entry = now.entry(name)
+    if entry is None:
+        raise NoBackendError(f"backend {name!r} is not ready.\n{listing(now)}")
+    return entry.backend
 
 
 def listing(now: State) -> str:
