@@ -111,6 +111,18 @@ def test_links_on_the_way(cache, tmp_path, give_away):
         assert get(DiskCache(tmp_path / "way" / "jit")) == b"mine"
 
 
+def test_a_link_through_another_folders_parent(cache, tmp_path):
+    """`a/..` is where a leads to, and one up; not the folder that a lies in."""
+    (tmp_path / "open" / "sub").mkdir(parents=True)
+    (tmp_path / "open" / "cache").mkdir()
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "a").symlink_to("open/sub")
+    (tmp_path / "way").symlink_to("a/../cache")
+    (tmp_path / "open").chmod(0o777)
+    with pytest.warns(CacheWarning, match="open can be written by other users"):
+        assert get(DiskCache(tmp_path / "way" / "jit")) == b"mine"
+
+
 def test_a_ring_of_links(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")

@@ -129,6 +129,28 @@ def test_use_backend_among_threads_that_miss_all_the_time(switching):
     assert not errors and not registry.state.forced
 
 
+def test_a_change_waits_for_another():
+    """Else the later of two that began with the same state would undo the earlier one."""
+    inside, done = threading.Event(), threading.Event()
+
+    def slowly(now):
+        inside.set()
+        done.wait(0.3)  # the other must not get that far
+        return {"infos": (*now.infos, registry.BackendInfo("slow", "failed", "of this test"))}
+
+    def other():
+        assert inside.wait(60)
+        registry.register(make(name="quick"))
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    registry.change(slowly)
+    thread.join(60)
+    assert {"slow", "quick"} <= {info.name for info in registry.state.infos}
+    assert registry.state.entry("quick") is not None
+
+
 def test_many_threads_change_the_registry_at_once(switching):
     """No change is lost: all blocks end, every backend that was registered is there, and none that was taken out."""
     errors: list[BaseException] = []
