@@ -16,6 +16,7 @@ if __name__ != "fourbit":
 from typing import TYPE_CHECKING, Any
 
 from fourbit.config import QuantConfig
+from fourbit.dispatch import use_backend
 from fourbit.functional import (
     NonFiniteError,
     dequantize_4bit,
@@ -26,7 +27,7 @@ from fourbit.functional import (
     quantize_4bit,
     quantize_blockwise,
 )
-from fourbit.registry import BackendInfo, BackendWarning, NoBackendError, backends, use_backend
+from fourbit.registry import BackendInfo, BackendWarning, NoBackendError, backends
 from fourbit.state import QuantState
 from fourbit.version import __version__
 

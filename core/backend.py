@@ -99,7 +99,10 @@ class Backend:
     """Values of `torch.device.type` that it serves; ("*",) means any."""
 
     priority: ClassVar[int] = 50
-    """Among backends for one device the highest is asked first. The reference has 0, fourbit's own backends 5."""
+    """Among backends for one device the highest is asked first; an int or a float, read when it is registered.
+
+    The reference has 0, fourbit's own backends 5.
+    """
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine (what is missing, what to install), or None if it can.
@@ -109,13 +112,17 @@ class Backend:
         return None
 
     def default_blocksize(self, device: torch.device) -> int:
-        """The blocksize for `blocksize=None` on `device`."""
+        """The blocksize for `blocksize=None` on `device`: a power of two from 32 to 4096.
+
+        Asked when the backend is registered, for each of its device types, and once for each device in use.
+        """
         return 64
 
     def supports(self, query: OpQuery) -> Support:
-        """Whether it can run such an op. Must not raise.
+        """Whether it can run such an op. Must not raise; that, and an answer that is no Support, counts as a no.
 
-        The default answers yes. Called once for each kind of input, never per call.
+        The default answers yes. Called once for each kind of input (by threads that meet it at the same moment, once
+        by each), never per call.
         """
         return SUPPORTED
 

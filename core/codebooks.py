@@ -90,11 +90,24 @@ _tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
 def register(codebook: Codebook) -> None:
-    """Add a data type. Raises ValueError if the name is taken by other values."""
+    """Add a data type. Raises TypeError for what is no Codebook, ValueError if the name is taken by other values."""
+    if type(codebook) is not Codebook:
+        raise TypeError(f"want a fourbit.codebooks.Codebook, got {type(codebook).__name__}")
     present = _codebooks.get(codebook.name)
     if present is not None and present != codebook:
         raise ValueError(f"codebook {codebook.name!r} is registered already, with other values")
     _codebooks[codebook.name] = codebook
+
+
+def snapshot() -> dict[str, Codebook]:
+    """The registered data types, for `restore`."""
+    return dict(_codebooks)
+
+
+def restore(saved: dict[str, Codebook]) -> None:
+    """Forget what was registered since `snapshot`."""
+    global _codebooks
+    _codebooks = saved
 
 
 def get(quant_type: str) -> Codebook:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourbit import registry
+from fourbit import dispatch, registry
 from fourbit.backend import OPS, OpQuery
 
 
@@ -54,7 +54,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        lines = [f"{registry.format_query(self.query)}: {self.backend or 'NO BACKEND'} ({self.path})"]
+        lines = [f"{dispatch.format_query(self.query)}: {self.backend or 'NO BACKEND'} ({self.path})"]
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         lines += [f"  not {name} ({state}): {reason}" for name, state, reason in self.others]
         return "\n".join(lines)
@@ -91,15 +91,15 @@ def explain(
     query = OpQuery(op, where, dtype or known.get("dtype", torch.float32), size, nested)
     others = tuple((i.name, i.state, i.reason) for i in registry.backends() if i.state != "ready")
     try:
-        found = registry.resolve(query)
+        found = dispatch.resolve(query)
     except registry.NoBackendError as error:
         return Explanation(query, None, "no backend runs this", (), others, str(error))
-    path = found.backend.describe(query, tuple(shape) or known.get("shape", ()))
-    return Explanation(query, found.backend.name, path, found.rejected, others)
+    path = dispatch.describe(found, tuple(shape) or known.get("shape", ()))
+    return Explanation(query, found.entry.name, path, found.rejected, others)
 
 
 def _default_blocksize(op: str, device: torch.device) -> int:
-    return 256 if op.endswith("blockwise") else registry.default_blocksize(device)
+    return 256 if op.endswith("blockwise") else dispatch.default_blocksize(device)
 
 
 def _of_layer(layer: nn.Module) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fourbit import autograd as _autograd  # noqa: F401  (registers the derivatives)
-from fourbit import checks, codebooks, registry
+from fourbit import checks, codebooks, dispatch
 from fourbit import vmap as _vmap  # noqa: F401  (registers the rules)
 from fourbit.state import QuantState
 
@@ -50,7 +50,7 @@ def quantize_4bit(
     checks.source("quantize_4bit", "w", w)
     codebook = codebooks.get(quant_type)
     if blocksize is None:
-        blocksize = registry.default_blocksize(w.device)
+        blocksize = dispatch.default_blocksize(w.device)
     checks.blocksize("quantize_4bit", blocksize)
     code = codebook.tensor(w.device)
     packed, absmax = _quantize(w.detach(), code, blocksize, codebook.signed_scale)

@@ -6,7 +6,8 @@ written to a temporary file and renamed, carry a checksum (a damaged one is comp
 recently used go when the folder has grown too large.
 
 The folder is `jit` in FOURBIT_CACHE_DIR, else in the user's cache folder, and is private (0700), since what is
-in it gets executed. Where it cannot be used, code is compiled in every process, and one warning says so.
+in it gets executed: no other user may write there or rename a folder above it (see `trust`). Where it cannot be
+used, code is compiled in every process, and one warning says so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import tempfile
 import threading
 import time
@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fourbit import trust
 from fourbit.version import __version__
 
 if TYPE_CHECKING:
@@ -110,7 +111,6 @@ class DiskCache:
         self.folder = folder
         self.limit = limit
         self._told = False
-        self._usable: bool | None = None
         if folder is None:
             self._tell("there is no home folder to keep it in")
 
@@ -136,39 +136,22 @@ class DiskCache:
     # ---- the folder -----------------------------------------------------------------------------------------
 
     def _prepared(self) -> bool:
-        """Whether the folder may be read; makes it at the first call."""
-        if self._usable is None:
-            self._usable = self.folder is not None and self._make(self.folder)
-        return self._usable
-
-    def _make(self, folder: Path) -> bool:
+        """Whether the folder may be used, made if it is missing; looked at each time, as it may have changed."""
+        if self.folder is None:
+            return False
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
-            info = folder.stat()
+            for folder in (*reversed(self.folder.parents), self.folder):
+                if not folder.exists():
+                    with suppress(FileExistsError):
+                        folder.mkdir(mode=0o700)
+            trust.check_parents(self.folder)
+            if os.name == "posix":
+                os.close(trust.open_private(self.folder))
+        except trust.Untrusted as error:
+            self._tell(str(error))
+            return False
         except OSError as error:
-            self._tell(f"{folder} cannot be made: {error.strerror or error}")
-            return False
-        if not stat.S_ISDIR(info.st_mode):
-            self._tell(f"{folder} is not a folder")
-            return False
-        if os.name == "posix":
-            return self._is_private(folder, info)
-        return True
-
-    def _is_private(self, folder: Path, info: os.stat_result) -> bool:
-        """Whether nobody but this user (or root) can put code there; makes this user's own folder so."""
-        if info.st_uid == os.geteuid():
-            if stat.S_IMODE(info.st_mode) & 0o077:
-                with suppress(OSError):
-                    folder.chmod(0o700)
-                    info = folder.stat()
-        elif info.st_uid != 0:
-            self._tell(f"{folder} belongs to another user (uid {info.st_uid})")
-            return False
-        if stat.S_IMODE(info.st_mode) & 0o022:
-            self._tell(f"{folder} can be written by other users (mode {stat.S_IMODE(info.st_mode):o})")
+            self._tell(f"{self.folder} cannot be made: {error.strerror or error}")
             return False
         return True
 
@@ -182,7 +165,7 @@ class DiskCache:
         self._told = True
         message = (
             f"compiled kernels are not kept on disk, so each process compiles its own: {why}."
-            f" Set {CACHE_VARIABLE} to a folder that this user can write."
+            f" Set {CACHE_VARIABLE} to a folder that this user, and no other, can write."
         )
         warnings.warn(message, CacheWarning, stacklevel=4)
 
@@ -190,18 +173,28 @@ class DiskCache:
 
     def _load(self, name: str) -> bytes | None:
         """The entry's code, or None if it is missing or damaged."""
-        path = self._path(name)
         try:
-            content = path.read_bytes()
-        except OSError:
+            content = self._read(f"{name}{_SUFFIX}")
+        except (OSError, trust.Untrusted):
             return None
         head = len(_MAGIC) + 32
         code = content[head:]
         if content[: len(_MAGIC)] != _MAGIC or hashlib.sha256(code).digest() != content[len(_MAGIC) : head]:
             return None
         with suppress(OSError):
-            os.utime(path)  # used now: eviction goes by this time
+            os.utime(self._path(name))  # used now: eviction goes by this time
         return code
+
+    def _read(self, entry: str) -> bytes:
+        """The file's content, if it is this user's or root's, in a folder that is: by descriptors, not by path."""
+        assert self.folder is not None
+        if os.name != "posix":
+            return (self.folder / entry).read_bytes()
+        folder = trust.open_private(self.folder)
+        try:
+            return trust.read_own(entry, folder)
+        finally:
+            os.close(folder)
 
     def _store(self, name: str, code: bytes) -> None:
         """Write an entry so that no reader ever sees a part of it; then keep within the limit."""

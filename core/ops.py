@@ -2,19 +2,19 @@
 
 Registered with `Library.define` and `impl` (never `custom_op`, which costs four times as much a call), so
 that torch.compile, FakeTensor and export see each op whole. The eager kernels here check the arguments and
-call the method that the dispatch table holds; hooks are never called.
+call the method that the dispatch table holds; hooks are never called. The table is read from the registry's
+state at each call, since that state is replaced, never changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourbit import checks, double_quant, fakes
-from fourbit.registry import miss, table
+from fourbit import checks, double_quant, fakes, registry
+from fourbit.dispatch import miss
 
 Optional = Tensor | None
 _uint8, _float32 = torch.uint8, torch.float32
@@ -39,16 +39,6 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
-_quantize_table = table("quantize_4bit")
-_dequantize_table = table("dequantize_4bit")
-_linear_table = table("linear_4bit")
-_linear_grad_table = table("linear_4bit_grad")
-_embedding_table = table("embedding_4bit")
-_grouped_table = table("grouped_linear_4bit")
-_grouped_grad_table = table("grouped_linear_4bit_grad")
-_quantize_blockwise_table = table("quantize_blockwise")
-_dequantize_blockwise_table = table("dequantize_blockwise")
-
 
 # ---- eager kernels: check, look up, run -----------------------------------------------------------------
 
@@ -58,7 +48,7 @@ def _quantize_4bit(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool =
     checks.blocksize("quantize_4bit", blocksize)
     checks.code("quantize_4bit", code, 16, w.device)
     key = (w.device, w.dtype, blocksize, False)
-    run = _quantize_table.get(key) or miss("quantize_4bit", key)
+    run = registry.state.tables["quantize_4bit"].get(key) or miss("quantize_4bit", key)
     result: tuple[Tensor, Tensor] = run(w.contiguous(), code.contiguous(), blocksize, signed_scale)
     return result
 
@@ -81,7 +71,7 @@ def _dequantize_4bit(
     nested = (nested_absmax, nested_code, nested_offset)
     weight, nested = checks.weight("dequantize_4bit", packed, absmax, code, blocksize, count, nested, packed.device)
     key = (packed.device, dtype, blocksize, nested_absmax is not None)
-    run = _dequantize_table.get(key) or miss("dequantize_4bit", key)
+    run = registry.state.tables["dequantize_4bit"].get(key) or miss("dequantize_4bit", key)
     result: Tensor = run(*weight, blocksize, shape, dtype, *nested)
     return result
 
@@ -103,7 +93,7 @@ def _linear_4bit(
     # the caller has seen already that all tensors are on x's device.
     device = x.device
     key = (device, x.dtype, blocksize, nested_absmax is not None)
-    run = _linear_table.get(key)
+    run = registry.state.tables["linear_4bit"].get(key)
     shape = x.shape
     count = out_features * shape[-1] if shape else 0
     if (
@@ -183,7 +173,7 @@ def _linear_4bit_grad(
         op, packed, absmax, code, blocksize, in_features * grad.shape[-1], nested, grad.device
     )
     key = (grad.device, grad.dtype, blocksize, nested_absmax is not None)
-    run = _linear_grad_table.get(key) or miss(op, key)
+    run = registry.state.tables[op].get(key) or miss(op, key)
     result: Tensor = run(grad.contiguous(), *weight, blocksize, in_features, *nested)
     return result
 
@@ -208,14 +198,13 @@ def _embedding_4bit(
     count = num_embeddings * embedding_dim
     weight, nested = checks.weight(op, packed, absmax, code, blocksize, count, nested, ids.device)
     key = (ids.device, dtype, blocksize, nested_absmax is not None)
-    run = _embedding_table.get(key) or miss(op, key)
+    run = registry.state.tables[op].get(key) or miss(op, key)
     result: Tensor = run(ids.contiguous(), *weight, blocksize, num_embeddings, embedding_dim, dtype, *nested)
     return result
 
 
 def _grouped(
     op: str,
-    methods: dict[Any, Any],
     x: Tensor,
     offsets: Tensor,
     weight: tuple[Tensor, Tensor, Tensor],
@@ -229,7 +218,7 @@ def _grouped(
     count = offsets.numel() * x.shape[-1] * width
     weight, nested = checks.weight(op, *weight, blocksize, count, nested, x.device)
     key = (x.device, x.dtype, blocksize, nested[0] is not None)
-    run = methods.get(key) or miss(op, key)
+    run = registry.state.tables[op].get(key) or miss(op, key)
     result: Tensor = run(x.contiguous(), offsets.contiguous(), *weight, blocksize, width, *nested)
     return result
 
@@ -245,7 +234,7 @@ def _grouped_linear_4bit(
     *nested: Optional,
 ) -> Tensor:
     weight = (packed, absmax, code)
-    return _grouped("grouped_linear_4bit", _grouped_table, x, offsets, weight, blocksize, out_features, _three(nested))
+    return _grouped("grouped_linear_4bit", x, offsets, weight, blocksize, out_features, _three(nested))
 
 
 def _grouped_linear_4bit_grad(
@@ -259,7 +248,7 @@ def _grouped_linear_4bit_grad(
     *nested: Optional,
 ) -> Tensor:
     op, weight = "grouped_linear_4bit_grad", (packed, absmax, code)
-    return _grouped(op, _grouped_grad_table, grad, offsets, weight, blocksize, in_features, _three(nested))
+    return _grouped(op, grad, offsets, weight, blocksize, in_features, _three(nested))
 
 
 def _three(nested: Sequence[Optional]) -> checks.Nested:
@@ -273,7 +262,7 @@ def _quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
     checks.blocksize("quantize_blockwise", blocksize)
     checks.code("quantize_blockwise", code, 256, x.device)
     key = (x.device, x.dtype, blocksize, False)
-    run = _quantize_blockwise_table.get(key) or miss("quantize_blockwise", key)
+    run = registry.state.tables["quantize_blockwise"].get(key) or miss("quantize_blockwise", key)
     result: tuple[Tensor, Tensor] = run(x.contiguous(), code.contiguous(), blocksize)
     return result
 
@@ -283,7 +272,7 @@ def _dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, blocksize
     checks.compute_dtype(op, dtype)
     checks.blockwise(op, codes, absmax, code, blocksize)
     key = (codes.device, dtype, blocksize, False)
-    run = _dequantize_blockwise_table.get(key) or miss(op, key)
+    run = registry.state.tables[op].get(key) or miss(op, key)
     result: Tensor = run(codes.contiguous(), absmax.contiguous(), code.contiguous(), blocksize, dtype)
     return result
 

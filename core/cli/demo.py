@@ -88,12 +88,12 @@ def run(folder: Path, config: QuantConfig) -> dict[str, Any]:
     plain, packed = folder / "16bit", folder / "4bit"
     steps.worker("16-bit folder", "fourbit.cli.sample_model", str(gguf), str(plain))
 
-    from fourbit import registry  # torch comes in here, after the first bar is seen
+    from fourbit import dispatch  # torch comes in here, after the first bar is seen
 
     start = time.perf_counter()
     report = quantize(plain, packed, config, options.device("cpu"), overwrite=False)
     steps.done("quantize", start)
-    quantize_ops = [describe(found) for found in registry.resolutions()]
+    quantize_ops = [describe(found) for found in dispatch.resolutions()]
     before = steps.worker("16-bit model", "fourbit.cli.evaluate", str(plain))
     after = steps.worker("4-bit model", "fourbit.cli.evaluate", str(packed))
 

@@ -26,7 +26,7 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from fourbit import registry
+    from fourbit import dispatch
     from fourbit.checkpoint.reader import Checkpoint
 
     seconds: dict[str, float] = {}
@@ -56,7 +56,7 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
         "tokens": want,
         "text_sha256": digest,
         "seconds": seconds,
-        "ops": [describe(found) for found in registry.resolutions()],
+        "ops": [describe(found) for found in dispatch.resolutions()],
         "threads": torch.get_num_threads(),
     }
 
@@ -93,14 +93,14 @@ def _sentence(model: Any, tokenizer: Any) -> str:
 
 
 def describe(found: Any) -> dict[str, Any]:
-    """A resolution of the registry as JSON values: what ran, and why nothing before it."""
+    """A resolution of an op as JSON values: what ran, and why nothing before it."""
     from fourbit.backend import Backend
 
     query = found.query
     composed = getattr(type(found.backend), query.op) is getattr(Backend, query.op)
     return {
         "op": query.op,
-        "backend": found.backend.name,
+        "backend": found.entry.name,
         "composed_of_other_ops": composed,
         "device": str(query.device),
         "dtype": str(query.dtype).removeprefix("torch."),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourbit import checks, codebooks, registry
+from fourbit import checks, codebooks, dispatch
 from fourbit.double_quant import NESTED_BLOCKSIZE
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
 from fourbit.nn.frozen import FrozenTensor, frozen, plain
@@ -75,7 +75,7 @@ class PackedModule(nn.Module):
         checks.compute_dtype(op, dtype)
         where = torch.device("cpu" if device is None else device) if device is not None else torch.empty(0).device
         if blocksize is None:
-            blocksize = registry.default_blocksize(where if where.type != "meta" else torch.device("cpu"))
+            blocksize = dispatch.default_blocksize(where if where.type != "meta" else torch.device("cpu"))
         checks.blocksize(op, blocksize)
         if not shape or prod(shape) < 1:
             raise ValueError(f"{op}: a weight of shape {list(shape)} has no elements")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fourbit import registry
+from fourbit import dispatch
 from fourbit.config import QuantConfig
 from fourbit.plans import rules
 from fourbit.plans.folder import describe_folder
@@ -53,7 +53,7 @@ def plan(
         layers, modules, described_by = described.layers, described.modules, described.described_by
         where, source = None, str(model_or_folder)
     chosen = torch.device(device) if device is not None else where or torch.device("cpu")
-    blocksize = config.blocksize or registry.default_blocksize(chosen)
+    blocksize = config.blocksize or dispatch.default_blocksize(chosen)
     decisions = [rules.decide(layer, config) for layer in layers]
     tensors = tuple(
         _planned(layer, decision, config, blocksize) for layer, decision in zip(layers, decisions, strict=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fourbit_pytest import SUITE, USAGE
 
-from fourbit import registry
+from fourbit import dispatch, registry
 from fourbit.backend import Backend, OpQuery
 
 Need = Callable[..., None]
@@ -53,7 +53,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backend under test, which alone runs every op while the test runs."""
     torch.manual_seed(0)
-    with registry.use_backend(request.config.getoption("--backend")) as chosen:
+    with dispatch.use_backend(request.config.getoption("--backend")) as chosen:
         yield chosen
 
 
@@ -71,8 +71,8 @@ def need(backend: Backend, device: torch.device) -> Need:
         query = OpQuery(op, device, dtype, blocksize, double_quant)
         with warnings.catch_warnings():
             warnings.simplefilter("error", registry.BackendWarning)  # supports() raised: that is no answer
-            answer = registry.ask(backend, query)
+            answer = dispatch.ask(backend, query)
         if not answer:
-            pytest.skip(f"{backend.name} declines {registry.format_query(query)}: {answer.reason}")
+            pytest.skip(f"{backend.name} declines {dispatch.format_query(query)}: {answer.reason}")
 
     return ask

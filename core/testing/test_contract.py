@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit import registry
+from fourbit import dispatch
 from fourbit.backend import API_VERSION, OPS, Backend, OpQuery, Support
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES, normal
 
@@ -43,8 +43,8 @@ def test_supports_answers_everything(backend, device):
     """`supports` never raises, gives a Support, the same one twice, and a reason with every no."""
     for query in every_query(device):
         answer = backend.supports(query)
-        assert isinstance(answer, Support), f"{registry.format_query(query)}: {answer!r} is not a Support"
-        assert answer or answer.reason, f"{registry.format_query(query)}: a no without a reason"
+        assert isinstance(answer, Support), f"{dispatch.format_query(query)}: {answer!r} is not a Support"
+        assert answer or answer.reason, f"{dispatch.format_query(query)}: a no without a reason"
         assert answer == backend.supports(query)
     unheard_of = OpQuery("an_op_of_the_future", device, torch.float32, 64)
     assert isinstance(backend.supports(unheard_of), Support)
@@ -54,30 +54,30 @@ def test_supports_the_required_ops(backend, device):
     """At least one kind of weight can be quantized and dequantized: else every other test would be a skip."""
     for op in ("quantize_4bit", "dequantize_4bit"):
         queries = [query for query in every_query(device) if query.op == op]
-        assert any(registry.ask(backend, query) for query in queries), f"{backend.name} declines every {op}"
+        assert any(dispatch.ask(backend, query) for query in queries), f"{backend.name} declines every {op}"
 
 
 def test_what_is_declined_raises(backend, device):
     """Inside use_backend a declined op is an error with the backend's reason, never another backend's work."""
-    declined = [query for query in every_query(device) if not registry.ask(backend, query)]
+    declined = [query for query in every_query(device) if not dispatch.ask(backend, query)]
     if not declined:
         pytest.skip(f"{backend.name} declines nothing")
     for query in declined:
         with pytest.raises(fourbit.NoBackendError) as error:
-            registry.resolve(query)
-        assert registry.ask(backend, query).reason in str(error.value)
+            dispatch.resolve(query)
+        assert dispatch.ask(backend, query).reason in str(error.value)
 
 
 def test_what_is_supported_runs_here(backend, device):
     for query in every_query(device):
-        if registry.ask(backend, query):
-            assert registry.resolve(query).backend is backend
+        if dispatch.ask(backend, query):
+            assert dispatch.resolve(query).backend is backend
 
 
 def test_describe(backend, device):
     """One line for `fourbit.explain`, for every op that is supported."""
     for query in every_query(device):
-        if registry.ask(backend, query):
+        if dispatch.ask(backend, query):
             line = backend.describe(query, (64, 64))
             assert isinstance(line, str) and line.strip() and "\n" not in line
 
@@ -92,5 +92,5 @@ def test_listed(backend):
 def test_used_inside_use_backend(need, backend, device):
     need("quantize_4bit")
     fourbit.quantize_4bit(normal(64).to(device), blocksize=64)
-    used = {resolution.backend.name for resolution in registry.resolutions()}
+    used = {resolution.backend.name for resolution in dispatch.resolutions()}
     assert used == {backend.name}

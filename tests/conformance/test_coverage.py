@@ -1,4 +1,4 @@
-"""No op without a conformance case; no Backend method and no hook without documentation."""
+"""No op, Backend method or attribute without a conformance case, no hook without a test; none without documentation."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ def test_op_is_whole(op):
 def test_covers_names_only_ops():
     for name in MODULES:
         assert set(importlib.import_module(f"fourbit.testing.{name}").COVERS) <= set(OPS), name
+
+
+def test_what_a_backend_says_of_itself_has_a_conformance_case():
+    """Every method and attribute that is no op is read from the backend under test by some module of the suite."""
+    suite = "".join(Path(importlib.import_module(f"fourbit.testing.{name}").__file__).read_text() for name in MODULES)
+    own = {name for name, _ in public_functions(Backend)} | set(Backend.__annotations__)
+    assert own >= {"supports", "unavailable", "describe", "default_blocksize", "priority", "name"}
+    for name in own - set(OPS):
+        assert f"backend.{name}" in suite, f"no conformance case for Backend.{name}"
+
+
+def test_every_hook_has_a_plugin_that_works_and_one_that_fails():
+    from tests.unit import test_registry_plugins as plugins
+
+    broken = "".join(source for source, _, _ in plugins.BROKEN.values())
+    whole = inspect.getsource(plugins)
+    working = whole.split("BROKEN = {")[0] + whole.split("def all_broken")[1]
+    for name, _ in public_functions(hookspecs):
+        if name.startswith("fourbit_"):
+            assert f"def {name}(" in broken, f"no broken plugin has the hook {name}"
+            assert f"def {name}(" in working, f"no working plugin has the hook {name}"
 
 
 def public_functions(owner: object) -> list[tuple[str, object]]:

@@ -67,13 +67,13 @@ def test_it_is_whole():
 def test_listed_and_used_only_when_asked(installed):
     program = """
 import json, torch, fourbit
-from fourbit import registry
+from fourbit import dispatch
 w = torch.randn(8, 64)
 packed, state = fourbit.quantize_4bit(w)
-usual = {r.backend.name for r in registry.resolutions()}
+usual = {r.backend.name for r in dispatch.resolutions()}
 with fourbit.use_backend("example"):
     assert torch.equal(fourbit.quantize_4bit(w)[0], packed)
-    asked = {r.backend.name for r in registry.resolutions()}
+    asked = {r.backend.name for r in dispatch.resolutions()}
     try:
         fourbit.linear_4bit(torch.randn(2, 64).half(), packed, state)
         declined = ""

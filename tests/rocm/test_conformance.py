@@ -73,7 +73,7 @@ def runs() -> Iterator[Any]:
             yield pytest.param(module, arch, marks=marks, id=f"{module}-{arch}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("module", "arch"), list(runs()))
 def test_conformance(module, arch, device, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fourbit
-from fourbit import registry
+from fourbit import dispatch, registry
 from fourbit.backend import Backend, OpQuery, Support
 from fourbit.nn import Embedding4bit, Linear4bit
 
@@ -63,9 +63,9 @@ def test_a_layer_is_explained_with_the_reasons(picky):
 
 def test_what_ran_is_what_was_explained(picky):
     layer = Linear4bit.from_linear(nn.Linear(64, 64))
-    registry.clear_tables()
+    dispatch.clear_tables()
     layer(torch.randn(1, 64))
-    ran = {r.query.op: r.backend.name for r in registry.resolutions()}
+    ran = {r.query.op: r.backend.name for r in dispatch.resolutions()}
     assert ran == {"linear_4bit": fourbit.explain(layer).backend}
 
 

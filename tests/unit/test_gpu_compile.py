@@ -107,7 +107,7 @@ def check_linear(spec: KernelSpec, arch: int) -> None:
     assert found.shared_bytes - RESERVED <= STATIC_SHARED <= props_of(arch).shared_per_block
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.long
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -118,7 +118,7 @@ def test_elementwise_kernels(arch, source):
         check_elementwise(spec, arch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ARCHS)
 def test_linear_kernels(arch):

@@ -235,4 +235,4 @@ def test_ops_are_known_to_torch_and_to_the_registry():
     for name in SCHEMAS:
         op = getattr(torch.ops.fourbit, name).default
         assert torch.Tag.pt2_compliant_tag in op.tags
-    assert set(SCHEMAS) - {"double_quantize"} == set(registry._tables)
+    assert set(SCHEMAS) - {"double_quantize"} == set(registry.state.tables)

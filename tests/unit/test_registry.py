@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit import registry
+from fourbit import dispatch, registry
 from fourbit.backend import OPS, Backend, OpQuery, Support
 from fourbit.reference import ReferenceBackend
 
@@ -28,14 +28,11 @@ class Fake(ReferenceBackend):
 def no_trace_left(monkeypatch):
     """The registry as it was, whatever a test registers."""
     registry.load_plugins()
-    backends, infos = dict(registry._backends), dict(registry._infos)
-    monkeypatch.setattr(registry, "_warnings", {})
+    before = registry.state
+    monkeypatch.setattr(registry, "_given", set())
     yield
-    assert not registry._forced
-    for table, saved in ((registry._backends, backends), (registry._infos, infos)):
-        table.clear()
-        table.update(saved)
-    registry.clear_tables()
+    assert not registry.state.forced
+    registry.change(lambda now: {"entries": before.entries, "infos": before.infos})
 
 
 def info_of(name: str) -> registry.BackendInfo:
@@ -91,11 +88,11 @@ def test_register_takes_a_class_too():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_left_out(backend, reason):
-    before = set(registry._backends)
+    before = registry.state.entries
     with pytest.warns(fourbit.BackendWarning) as caught:
         registry.register(backend)
     assert len(caught) == 1 and reason in str(caught[0].message)
-    assert set(registry._backends) == before
+    assert registry.state.entries == before
     (info,) = [info for info in fourbit.backends() if info.state == "rejected"]
     assert reason in info.reason
     assert info_of("reference").state == "ready"  # a bad one of the same name hides nothing
@@ -138,9 +135,9 @@ def test_highest_priority_that_supports_it_wins():
     registry.register(make(name="low", priority=10))
     order = [info.name for info in fourbit.backends()]
     assert order.index("high") < order.index("low") < order.index("reference")
-    assert registry.resolve(QUERY).backend.name == "high"
+    assert dispatch.resolve(QUERY).backend.name == "high"
     nested = OpQuery("dequantize_4bit", torch.device("cpu"), torch.float32, 64, True)
-    found = registry.resolve(nested)
+    found = dispatch.resolve(nested)
     assert found.backend.name != "high" and ("high", "no nested scales here") in found.rejected
 
 
@@ -148,18 +145,18 @@ def test_supports_that_raises_counts_as_no_and_warns_once():
     registry.register(make(priority=90, supports=raising(KeyError("dtype"))))
     with pytest.warns(fourbit.BackendWarning, match="'fake': supports.. raised KeyError") as caught:
         for _ in range(3):
-            registry.clear_tables()
+            dispatch.clear_tables()
             packed, state = fourbit.quantize_4bit(W)
             fourbit.dequantize_4bit(packed, state)
     assert len(caught) == 1
-    rejected = dict(registry.resolve(QUERY).rejected)
+    rejected = dict(dispatch.resolve(QUERY).rejected)
     assert "supports() raised KeyError" in rejected["fake"]
 
 
 @pytest.mark.parametrize("answer", (None, True, "no", 0))
 def test_supports_that_returns_no_support(answer):
     registry.register(make(priority=90, supports=lambda self, query: answer))
-    found = registry.resolve(QUERY)
+    found = dispatch.resolve(QUERY)
     assert found.backend.name != "fake" and "not a Support" in dict(found.rejected)["fake"]
 
 
@@ -171,7 +168,7 @@ def test_composed_ops_need_dequantize():
         quantize_4bit = ReferenceBackend.quantize_4bit
 
     registry.register(QuantizesOnly())
-    answers = {op: registry.ask(registry.get_backend("half"), OpQuery(op, *QUERY_REST)) for op in OPS}
+    answers = {op: dispatch.ask(registry.get_backend("half"), OpQuery(op, *QUERY_REST)) for op in OPS}
     assert {op for op, answer in answers.items() if answer} == {
         "quantize_4bit", "quantize_blockwise", "dequantize_blockwise",
     }  # fmt: skip
@@ -179,20 +176,24 @@ def test_composed_ops_need_dequantize():
     assert "composed of dequantize_4bit" in answers["linear_4bit"].reason
     packed, state = fourbit.quantize_4bit(W)
     fourbit.linear_4bit(torch.randn(2, 64), packed, state)
-    assert {r.query.op: r.backend.name for r in registry.resolutions()}["linear_4bit"] != "half"
+    assert {r.query.op: r.backend.name for r in dispatch.resolutions()}["linear_4bit"] != "half"
+
+
+def table_of(op: str) -> dict:
+    return registry.state.tables[op]
 
 
 QUERY_REST = (torch.device("cpu"), torch.float32, 64)
 
 
 def test_table_is_keyed_filled_on_a_miss_and_cleared():
-    registry.clear_tables()
-    table = registry.table("quantize_4bit")
-    assert not table
+    dispatch.clear_tables()
+    assert not table_of("quantize_4bit")
     fourbit.quantize_4bit(W, blocksize=64)
     fourbit.quantize_4bit(W, blocksize=128)
     fourbit.quantize_4bit(W.half(), blocksize=64)
     device = torch.device("cpu")
+    table = table_of("quantize_4bit")
     assert set(table) == {
         (device, torch.float32, 64, False),
         (device, torch.float32, 128, False),
@@ -200,10 +201,10 @@ def test_table_is_keyed_filled_on_a_miss_and_cleared():
     }
     assert all(callable(method) for method in table.values())
     registry.register(Fake())
-    assert not table and not registry.resolutions()
+    assert not table_of("quantize_4bit") and not dispatch.resolutions()
     fourbit.quantize_4bit(W)
     registry.unregister("fake")
-    assert not table
+    assert not table_of("quantize_4bit")
 
 
 def test_neither_hooks_nor_supports_are_called_per_op(monkeypatch):
@@ -252,19 +253,19 @@ def test_trace_prints_each_resolution_once(monkeypatch, capsys):
     assert lines[0].startswith("fourbit: quantize_4bit on cpu (float32, blocksize 64) -> ")
     assert "not picky: it is Monday" in lines[0]
     monkeypatch.setenv("FOURBIT_TRACE", "0")
-    registry.clear_tables()
+    dispatch.clear_tables()
     fourbit.quantize_4bit(W)
     assert "fourbit:" not in capsys.readouterr().err
 
 
 def test_many_threads_resolve_at_once():
-    registry.clear_tables()
+    dispatch.clear_tables()
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
             for _ in range(50):
-                registry.clear_tables()
+                dispatch.clear_tables()
                 fourbit.quantize_4bit(W)
         except BaseException as error:
             errors.append(error)

@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.support import skip_or_fail
 
 GOOD = """
 from fourbit.hookspecs import hookimpl
@@ -35,8 +38,8 @@ with warnings.catch_warnings(record=True) as caught:
         packed, state = fourbit.quantize_4bit(torch.randn(8, 64), double_quant=True)
         y = fourbit.linear_4bit(torch.randn(2, 64), packed, state)
     infos = [[i.name, i.state, i.reason, i.source, i.traceback] for i in fourbit.backends()]
-from fourbit import registry
-used = sorted({r.backend.name for r in registry.resolutions()})
+from fourbit import dispatch
+used = sorted({r.backend.name for r in dispatch.resolutions()})
 messages = [[w.category.__name__, str(w.message)] for w in caught]
 print(json.dumps({"infos": infos, "used": used, "warnings": messages}))
 """
@@ -61,8 +64,10 @@ def install(tmp_path):
     return functools.partial(install_into, tmp_path)
 
 
-def run(program: str, env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *options, "-c", program]
+def run(
+    program: str, env: dict[str, str], *options: str, arguments: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-c", program, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -122,6 +127,29 @@ BROKEN = {
         GOOD.replace("@hookimpl", "    def unavailable(self): return 1 / 0\n\n@hookimpl"),
         "failed",
         "ZeroDivisionError",
+    ),
+    "a Rust panic at import": (  # pyo3's PanicException derives from BaseException
+        "class PanicException(BaseException): pass\nraise PanicException('called `unwrap` on a `None` value')\n",
+        "failed",
+        "PanicException: called `unwrap`",
+    ),
+    "GeneratorExit in a hook": (
+        GOOD + "    raise GeneratorExit('closed')\n",
+        "failed",
+        "GeneratorExit: closed",
+    ),
+    "an exception without a text": (
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute\n",
+        "failed",
+        "Mute",
+    ),
+    "NaN as priority": (GOOD.replace("NAME, 10", "NAME, float('nan')"), "rejected", "its priority nan is not a number"),
+    "a codebook that only looks like one": (
+        "from fourbit.codebooks import Codebook\nfrom fourbit.hookspecs import hookimpl\n"
+        "class Look(Codebook):\n    def __ne__(self, other): return False\n@hookimpl\n"
+        "def fourbit_register_codebooks(register):\n    register(Look('nf4', tuple(i / 15 for i in range(16))))\n",
+        "failed",
+        "want a fourbit.codebooks.Codebook, got Look",
     ),
     "bad codebook": (
         "from fourbit.hookspecs import hookimpl\nfrom fourbit.codebooks import Codebook\n@hookimpl\n"
@@ -187,6 +215,109 @@ assert {i.name: i.state for i in fourbit.backends()} == {"bad": "failed", "zgood
     run(program, env, "-W", "error::RuntimeWarning")
 
 
+INTERRUPTED = """
+import json, sys, torch, fourbit
+from fourbit import dispatch, registry, codebooks
+fourbit_folder = registry.__file__.rsplit("/", 1)[0]
+w = torch.randn(64)
+import importlib.metadata
+found = importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)  # once: most of a load's time
+importlib.metadata.entry_points = lambda group: found
+
+def ours(frame):
+    return frame.f_code.co_filename.startswith((fourbit_folder + "/registry.py", fourbit_folder + "/isolation.py",
+        fourbit_folder + "/dispatch.py", fourbit_folder + "/codebooks.py")) or "plugin_" in frame.f_code.co_filename
+
+class Interrupt:
+    '''Raises at the n-th place where Python would handle a signal: entry of a function, end of a call.'''
+    def __init__(self, n):
+        self.left = n
+    def __call__(self, frame, event, arg):
+        if event in ("call", "c_return") and ours(frame):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+def reset():
+    registry.state, registry._given = registry.State(), set()
+    for name in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[name]
+
+def whole():
+    return [(i.name, i.state) for i in fourbit.backends()]
+
+import warnings; warnings.simplefilter("ignore")
+fourbit.quantize_4bit(w)
+expected = whole()
+assert ("alpha", "ready") in expected and ("zgood", "ready") in expected and ("bad", "failed") in expected, expected
+n, interrupted, stride = 0, 0, int(sys.argv[1])
+while True:
+    n += stride
+    reset()
+    trap = Interrupt(n)
+    try:
+        sys.setprofile(trap)
+        fourbit.quantize_4bit(w)
+        done = True
+    except KeyboardInterrupt:
+        done = False
+    finally:
+        sys.setprofile(None)
+    if done and trap.left > 0:
+        break
+    interrupted += not done
+    fourbit.quantize_4bit(w)
+    assert whole() == expected, (n, whole())
+    assert dispatch.resolutions()[0].entry.name == "alpha", n
+    assert codebooks.get("even4")
+print(json.dumps(interrupted))
+"""
+
+
+@pytest.mark.parametrize("stride", (13, pytest.param(1, marks=pytest.mark.long)))
+def test_an_interrupt_anywhere_leaves_the_next_call_whole(install, stride):
+    """KeyboardInterrupt at every place of the first call where Python would handle one: it passes through, and the
+    next call has every plugin, none twice. (In the place of a real signal, which hits a place of its own choice.)"""
+    codebook = """
+from fourbit.codebooks import Codebook
+@hookimpl
+def fourbit_register_codebooks(register):
+    register(Codebook("even4", tuple((i - 7.5) / 7.5 for i in range(16))))
+"""
+    only = {"FOURBIT_BACKENDS": "alpha,bad,zgood"}  # the fewer places, the faster
+    env = only | install(alpha=GOOD + codebook, bad=GOOD + "    raise RuntimeError('afterwards')\n", zgood=GOOD)
+    assert json.loads(run(INTERRUPTED, env, arguments=(str(stride),)).stdout) > 500 // stride
+
+
+def test_control_c_during_the_first_call(install):
+    """A real one, while a plugin is being imported; the next call loads them all."""
+    slow = (
+        """
+import os, signal, time
+if not os.environ.get("SENT"):
+    os.environ["SENT"] = "1"
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+        + GOOD
+    )
+    program = """
+import signal, torch, fourbit
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    fourbit.quantize_4bit(torch.randn(64))
+    raise SystemExit("not interrupted")
+except KeyboardInterrupt:
+    pass
+fourbit.quantize_4bit(torch.randn(64))
+states = {i.name: i.state for i in fourbit.backends()}
+assert {name: states[name] for name in ("alpha", "slow", "zgood", "reference")} == dict.fromkeys(
+    ("alpha", "slow", "zgood", "reference"), "ready"), states
+assert len(states) == len(fourbit.backends())
+"""
+    run(program, install(alpha=GOOD, slow=slow, zgood=GOOD))
+
+
 def test_plugin_that_uses_fourbit_while_it_loads(install):
     early = "import torch, fourbit\nfourbit.backends()\nPACKED = fourbit.quantize_4bit(torch.randn(64))\n" + GOOD
     result = report(install(early=early))
@@ -229,6 +360,37 @@ def test_backends_variable_with_an_unknown_name(install):
     assert result.warnings == [["BackendWarning", "FOURBIT_BACKENDS names 'nonesuch', which is not installed"]]
 
 
+def test_backends_variable_of_rubbish_is_an_error_each_time(install):
+    """And one that says what is wrong: the warning comes only once."""
+    program = """
+import warnings, torch, fourbit
+warnings.simplefilter("ignore", fourbit.BackendWarning)
+for _ in range(3):
+    try:
+        fourbit.quantize_4bit(torch.randn(64))
+    except fourbit.NoBackendError as error:
+        assert "reference: disabled (not in FOURBIT_BACKENDS=!rubbish/)" in str(error), error
+        assert "!rubbish/: failed (FOURBIT_BACKENDS names it, and it is not installed)" in str(error), error
+    else:
+        raise SystemExit("it ran")
+assert {i.state for i in fourbit.backends()} == {"failed", "disabled"}
+assert fourbit.explain("linear_4bit", blocksize=64).backend is None
+"""
+    run(program, install() | {"FOURBIT_BACKENDS": "!rubbish/"})
+
+
+def test_cpu_isa_of_rubbish_is_a_failure_that_stays(install):
+    """The cpu backend says so, in a warning and in the list; the rest of the process is whole."""
+    if find_spec("fourbit.backends.cpu._native") is None:
+        skip_or_fail("the compiled kernels are not in this installation")
+    result = report(install() | {"FOURBIT_CPU_ISA": "sse9"})
+    (cpu,) = [info for info in result.infos if info[0] == "cpu"]
+    assert cpu[1] == "failed" and "FOURBIT_CPU_ISA='sse9': this machine and this build have" in cpu[2]
+    assert "ValueError" in cpu[4] and result.used == ["reference"]
+    ((category, message),) = result.warnings
+    assert category == "BackendWarning" and "FOURBIT_CPU_ISA='sse9'" in message
+
+
 def test_backends_variable_that_leaves_none(install):
     program = """
 import torch, fourbit
@@ -265,7 +427,7 @@ bad = sorted(m for m in new if m.startswith(("pluggy", "fourbit.backends.", "fou
     "typer", "rich", "numpy", "torch._dynamo", "torch._inductor")))
 assert not bad, bad
 from fourbit import registry
-assert not registry._loaded and not registry._backends
+assert not registry.state.loaded and not registry.state.entries
 assert not torch.cuda.is_initialized()
 """
     run(program, env, "-W", "error::RuntimeWarning")

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import fourbit
-from fourbit import registry
+from fourbit import dispatch, registry
 from fourbit.backend import Backend
 from fourbit.reference import ReferenceBackend
 from tests.unit.test_registry import W, make, no_trace_left  # noqa: F401
 
 
 def used() -> set[str]:
-    registry.clear_tables()
+    dispatch.clear_tables()
     fourbit.quantize_4bit(W)
-    return {resolution.backend.name for resolution in registry.resolutions()}
+    return {resolution.backend.name for resolution in dispatch.resolutions()}
 
 
 def test_use_backend_nests():
@@ -39,14 +39,14 @@ def test_use_backend_ends_with_an_exception():
     registry.register(make(name="one"))
     with pytest.raises(ZeroDivisionError), fourbit.use_backend("one"):
         raise ZeroDivisionError
-    assert not registry._forced and used() != {"one"}
+    assert not registry.state.forced and used() != {"one"}
 
 
 def test_use_backend_of_an_unknown_name():
     with pytest.raises(fourbit.NoBackendError, match="(?s)'nonesuch' is not ready.*reference: ready"):
         with fourbit.use_backend("nonesuch"):
             raise AssertionError("the block ran")
-    assert not registry._forced
+    assert not registry.state.forced
 
 
 def test_use_backend_holds_on_the_threads_of_autograd():
