@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from fourbit.checkpoint import fingerprint as fingerprints
-from fourbit.checkpoint import journal, layout, manifest, output, shards, staging, verify, writer
+from fourbit.checkpoint import journal, layout, manifest, others, output, shards, staging, verify, writer
 from fourbit.checkpoint.errors import CheckpointError, LayoutError, SourceChangedError
 from fourbit.checkpoint.pipeline import Pipeline
 from fourbit.checkpoint.reader import Checkpoint
@@ -71,12 +71,11 @@ class Built:
     """What `build` did.
 
     Attributes:
-        copied: other files carried over; left_out: files with weights in other forms, which were not.
+        others: the other files of the source: those carried over, and those left out.
         resumed_bytes: of the source, that an earlier run had done.
     """
 
-    copied: tuple[str, ...]
-    left_out: tuple[str, ...]
+    others: others.Others
     resumed_bytes: int
 
 
@@ -97,7 +96,7 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
     fingerprint = fingerprints.of(job.checkpoint, job.settings, job.layouts)
     if resume and _is_finished(target, fingerprint):
         _remove_leftover(target)
-        return Built(*_other_files(job), job.checkpoint.nbytes)
+        return Built(others.find(job.checkpoint), job.checkpoint.nbytes)
     left = staging.unfinished_folder(target)
     begun = journal.read(left) if resume else None
     replace = overwrite or (begun is not None and begun.replace)
@@ -149,19 +148,15 @@ def _fill(
         hashes = {name: begun.hashes[name] for name in kept}
     todo = [(shard, item) for shard in job.layouts for item in shard.items[done.get(shard.file, 0) :]]
     headers = sum(len(shard.header) for shard in job.layouts)
-    staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo))
+    beside = others.find(job.checkpoint)
+    staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo) + beside.nbytes)
     book = journal.Journal(stage.folder, journal.Records(fingerprint, replace, hashes))
     try:
         resumed = _write_weights(job, stage, book, done, todo, progress)
     finally:
         book.close()
-    copied, left_out = _write_others(job, stage.data)
-    others = [*copied]
-    if job.config is not None:
-        others.append(layout.CONFIG_FILE)
-    if len(job.layouts) > 1:
-        others.append(layout.INDEX_FILE)
-    listing = manifest.build(stage.data, job.layouts, book.hashes, sorted(others), fingerprint)
+    written = _write_others(job, stage.data, beside)
+    listing = manifest.build(stage.data, job.layouts, book.hashes, sorted(written), fingerprint)
     writer.write_json(stage.data / layout.MANIFEST_FILE, listing)
     fault = next(iter(verify.against_manifest(stage.data, listing)), None)
     if fault is not None:
@@ -170,7 +165,7 @@ def _fill(
     if now != fingerprint["source"]:
         what = "; ".join(fingerprints.differences(fingerprint, {**fingerprint, "source": now}))
         raise SourceChangedError(f"{what} while it was read; what was written is removed, please start again")
-    return Built(copied, left_out, resumed)
+    return Built(beside, resumed)
 
 
 def _write_weights(
@@ -215,23 +210,17 @@ def _write_weights(
     return resumed
 
 
-def _write_others(job: Job[R], folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    if job.checkpoint.path.is_dir():
-        writer.copy_other_files(job.checkpoint.path, folder)
+def _write_others(job: Job[R], folder: Path, beside: others.Others) -> list[str]:
+    """Write all that is no weight; its names."""
+    written: dict[str, dict[str, Any]] = {}
     if len(job.layouts) > 1:
-        writer.write_json(folder / layout.INDEX_FILE, shards.index(job.layouts))
+        written[layout.index_file(job.checkpoint.stem)] = shards.index(job.layouts)
     if job.config is not None:
-        writer.write_json(folder / layout.CONFIG_FILE, job.config)
-    return _other_files(job)
-
-
-def _other_files(job: Job[R]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the files carried over, and of files with weights that are not read."""
-    if not job.checkpoint.path.is_dir():
-        return (), ()
-    copied, weights = writer.other_files(job.checkpoint.path)
-    used = {file.name for file in job.checkpoint.files} | {layout.INDEX_FILE}
-    return tuple(copied), tuple(name for name in weights if name not in used)
+        written[layout.CONFIG_FILE] = job.config
+    writer.copy_files(beside.carried, job.checkpoint.path, folder)
+    for name, value in written.items():
+        writer.write_json(folder / name, value)
+    return [*beside.carried, *written]
 
 
 def _is_finished(target: Path, fingerprint: dict[str, Any]) -> bool:

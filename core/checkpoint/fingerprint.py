@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fourbit.checkpoint import layout
+from fourbit.checkpoint import layout, others
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.shards import Shard
-from fourbit.checkpoint.writer import other_files
 from fourbit.version import __version__
 
 
@@ -30,7 +29,8 @@ def of_source(checkpoint: Checkpoint) -> dict[str, Any]:
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
     if folder is not None:
-        extra = [layout.CONFIG_FILE, layout.INDEX_FILE, *other_files(folder)[0]]
+        index = [] if checkpoint.index is None else [checkpoint.index.name]
+        extra = [layout.CONFIG_FILE, *index, *others.find(checkpoint).carried]
         names |= {name: folder / name for name in extra if (folder / name).is_file()}  # no pipe
     return {name: _of_file(names[name], name) for name in sorted(names)}
 

@@ -58,15 +58,19 @@ def quantize(
     all of it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted,
     even by a power cut, the same command with --resume continues it.
     """
+    from fourbit.checkpoint.quantize import require_work
+
     overwrite = resume is False
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
+    src = options.source(src)
     if dry_run:
         plan, nbytes = check_and_plan(src, dst, config, where, overwrite, resume is True)
         if as_json:
             console.print_json({"dry_run": True, "bytes_written": nbytes, **plan.to_dict()})
         else:
             show_plan(plan, nbytes)
+        require_work(plan)
     else:
         report = run(src, dst, config, where, overwrite, resume is True)
         plan = report.plan
@@ -81,12 +85,14 @@ def check_and_plan(
     src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
-    from fourbit.checkpoint.quantize import output_items, require_unquantized
+    from fourbit.checkpoint.foreign import require_unquantized
+    from fourbit.checkpoint.quantize import output_items
     from fourbit.checkpoint.reader import Checkpoint
+    from fourbit.checkpoint.source import resolved
     from fourbit.checkpoint.staging import check_destination
     from fourbit.plans import plan
 
-    source = src.expanduser().resolve()
+    source = resolved(src)
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
         check_destination(source, dst.expanduser().resolve(), overwrite or resume)
@@ -122,7 +128,7 @@ def show_plan(plan: QuantPlan, nbytes: int) -> None:
     table = console.table(None, "tensor", "action", "rule", "shape", "before", "after", left=3)
     for t in plan.tensors:
         style = "bold yellow" if t.large_left else "" if t.action == "quantize" else "dim"
-        cells = (console.escape(t.name), t.action, console.escape(t.rule), console.shape(t.shape))
+        cells = (t.name, t.action, t.rule, console.shape(t.shape))
         table.add_row(*cells, f"{t.bytes_before:,}", f"{t.bytes_after:,}", style=style)
     console.out.print(table)
     show_sizes(plan, nbytes)
@@ -132,16 +138,14 @@ def show_plan(plan: QuantPlan, nbytes: int) -> None:
 def show_report(report: QuantizeReport) -> None:
     """What was done, in few lines."""
     console.out.print(
-        f"{console.escape(str(report.source))} -> {console.escape(str(report.destination))}"
+        f"{report.source} -> {report.destination}"
         f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
         soft_wrap=True,
     )
     if report.resumed_bytes:
         done = f"{console.size(report.resumed_bytes)} of {console.size(report.bytes_before)}"
         console.note(f"resumed: an earlier run had done {done}")
-    if report.left_out:
-        names = ", ".join(report.left_out)
-        console.note(f"not copied, since they hold weights in another form: {names}")
+    console.left_out(report.left_out, report.skipped)
     show_sizes(report.plan, report.bytes_after)
 
 
@@ -165,7 +169,7 @@ def show_sizes(plan: QuantPlan, total_after: int) -> None:
     table.add_row("whole model", *cells, style="bold")
     console.out.print(table)
     for rule, names in _large_by_choice(plan).items():
-        console.out.print(f"left as they are by rule ({console.escape(rule)}): {console.escape(', '.join(names))}")
+        console.out.print(f"left as they are by rule ({rule}): {', '.join(names)}")
 
 
 def _large_by_choice(plan: QuantPlan) -> dict[str, list[str]]:
@@ -184,5 +188,3 @@ def warn(plan: QuantPlan) -> None:
         console.warning(
             f"{t.name} {console.shape(t.shape)} STAYS IN {8 * t.dtype.itemsize} BIT: {t.bytes_after:,} bytes; {t.rule}"
         )
-    if not plan.quantized:
-        console.warning("no tensor is quantized")
