@@ -91,7 +91,8 @@ def _walk(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Path]]:
             skipped[os.path.relpath(here, folder)] = f"a folder in more than {MAX_DEPTH} others"
             continue
         try:
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+            with os.scandir(here) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             skipped[os.path.relpath(here, folder)] = f"cannot be listed: {error.strerror or error}"
             continue

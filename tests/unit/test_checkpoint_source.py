@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_entered_is_said(tmp_path, monkeypatch):
     scan = os.scandir
 
     def denied(path):  # root, as whom tests may run, may enter every folder
-        if os.path.basename(path) == "closed":
+        if str(path).endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return scan(path)
 
@@ -295,18 +295,12 @@ def test_a_folder_that_cannot_be_entered_is_said(tmp_path, monkeypatch):
     assert quantize_checkpoint(src, tmp_path / "dst").skipped == {"closed": "cannot be listed: Permission denied"}
 
 
-def test_folders_nested_a_thousand_deep(tmp_path):
+def test_folders_nested_too_deep(tmp_path):
     src = write_folder(tmp_path / "src")
-    here = os.getcwd()
-    os.chdir(src)
-    try:
-        for _ in range(1500):
-            os.mkdir("d")
-            os.chdir("d")
-        Path("x.txt").write_text("")
-    finally:
-        os.chdir(here)
-    report = quantize_checkpoint(src, tmp_path / "dst")
     place = os.path.join(*["d"] * (others.MAX_DEPTH + 1))
+    (src / place / "d" / "d").mkdir(parents=True)
+    (src / place / "x.txt").write_text("")
+    (src / place).with_name("y.txt").write_text("")
+    report = quantize_checkpoint(src, tmp_path / "dst")
     assert report.skipped == {place: f"a folder in more than {others.MAX_DEPTH} others"}
-    subprocess.run(["rm", "-rf", str(src)], check=True)  # pytest's own cleaning up recurses
+    assert str(Path(place).with_name("y.txt")) in report.copied
