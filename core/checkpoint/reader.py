@@ -100,7 +100,7 @@ class Checkpoint:
     folder, a missing shard or tensor, a truncated file, a dtype that torch lacks.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = source.located(path)
         found = layout.find_files(self.path)
         self.files, self.index, self.stem, self._weight_map = found.files, found.index, found.stem, found.weight_map

@@ -13,8 +13,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskProgressColumn,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -111,10 +112,18 @@ def table(
     return made
 
 
+class _Description(ProgressColumn):
+    """What a bar is about."""
+
+    def render(self, task: Task) -> Text:
+        """The task's description, shown literally."""
+        return lines(task.description)
+
+
 def byte_progress() -> Progress:
     """A bar in bytes, with rate and time left."""
     return Progress(
-        TextColumn("{task.description}", markup=False),
+        _Description(),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -128,7 +137,7 @@ def byte_progress() -> Progress:
 def step_progress() -> Progress:
     """A bar in steps."""
     return Progress(
-        TextColumn("{task.description}", markup=False),
+        _Description(),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

@@ -14,6 +14,9 @@ from fourbit.cli import console, streams
 
 DEBUG_VARIABLE = "FOURBIT_DEBUG"
 
+MOST_CHARACTERS = 10_000
+"""Of a message that are shown: a file of 100 MB may have a name of 100 MB."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -39,10 +42,16 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
         except Exception as error:
             if show_tracebacks:
                 raise
-            console.error(in_one_line(error))
+            say(error)
             raise typer.Exit(1) from None
 
     return run
+
+
+def say(error: Exception) -> None:
+    """An exception in one line on stderr, the beginning of it if it is very long."""
+    text = in_one_line(error)
+    console.error(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} …")
 
 
 def show(error: BaseException) -> None:

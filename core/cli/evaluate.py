@@ -24,6 +24,7 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
     The weights are those of the folder: 16-bit ones go to float32 without loss, 4-bit ones stay packed.
     """
     import torch
+
     from fourbit import registry
     from fourbit.checkpoint.reader import Checkpoint
 

@@ -47,21 +47,19 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
     return "".join(_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
 
 
-def finish() -> bool:
-    """Write what is still in the buffers; whether that worked.
+def finish() -> OSError | None:
+    """Write what is still in the buffers. Returns what kept that from working: a closed pipe, a full disk.
 
-    It fails where a pipe was closed, or a disk is full; the interpreter would say so again at its end, at length.
+    The interpreter would find it at its end, and say so at length.
     """
-    return all([_flushed(stream) for stream in (sys.stdout, sys.stderr)])
-
-
-def _flushed(stream: TextIO) -> bool:
-    try:
-        stream.flush()
-        return True
-    except (OSError, ValueError):
-        abandon(stream)
-        return False
+    fault = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            fault = fault or error
+            abandon(stream)
+    return fault
 
 
 def abandon(stream: TextIO) -> None:
