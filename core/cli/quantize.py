@@ -57,6 +57,10 @@ def quantize(
     head and routers stay as they are. Tensors are read and written one at a time, and DST appears only when
     all of it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted,
     even by a power cut, the same command with --resume continues it.
+
+    SRC may be a repository in the Hub's cache, or the Hub's name of a model that is in it; nothing is fetched. What
+    others quantized, adapters, and models in which there is nothing to quantize are refused. Links out of SRC are
+    not followed.
     """
     from fourbit.checkpoint.quantize import require_work
 
