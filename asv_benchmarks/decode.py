@@ -53,7 +53,7 @@ def smollm2() -> Any:
     gguf, _ = sample_model.find_weights()
     with tempfile.TemporaryDirectory() as folder:
         sample_model.convert(gguf, Path(folder))
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
 
 def llama_1b() -> Any:

@@ -74,13 +74,12 @@ class Built:
     """What `build` did.
 
     Attributes:
-        copied: other files carried over; left_out: files with weights in other forms, which were not.
+        others: the other files of the source: those carried over, and those left out.
         resumed_bytes: of the source, that an earlier run had done.
         leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
-    copied: tuple[str, ...]
-    left_out: tuple[str, ...]
+    others: others.Others
     resumed_bytes: int
     leftovers: tuple[Path, ...]
 
@@ -109,7 +108,7 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
     begun = journal.read(left) if resume else None
     replaces = begun.replaces if begun is not None else None
     if resume and replaces is None and _is_finished(job, fingerprint):
-        return Built(*others.names(job.checkpoint), job.checkpoint.nbytes, _leftovers(target, kept))
+        return Built(others.find(job.checkpoint), job.checkpoint.nbytes, _leftovers(target, kept))
     if left.is_dir() and not (overwrite or resume):
         raise CheckpointError(
             f"an unfinished run of {target} is there ({left}): --resume continues it, --overwrite starts afresh"
@@ -122,7 +121,7 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
     stage = staging.Stage(target)
     discard = False
     try:
-        copied, left_out, resumed = _fill(job, stage, fingerprint, resume, replaces, progress)
+        beside, resumed = _fill(job, stage, fingerprint, resume, replaces, progress)
         kept = stage.publish(replaces) or kept
         discard = True
     except (NonFiniteError, LayoutError, SourceChangedError):
@@ -136,7 +135,7 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
         raise CheckpointError(f"cannot write {target}: {reason} ({where}){advice}") from error
     finally:
         stage.release(discard or not _has_tensors(stage.folder))
-    return Built(copied, left_out, resumed, _leftovers(target, kept))
+    return Built(beside, resumed, _leftovers(target, kept))
 
 
 def _fill(
@@ -146,8 +145,8 @@ def _fill(
     resume: bool,
     replaces: Snapshot | None,
     progress: Progress | None,
-) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """Write all of `data/`. Returns the names of other files, copied and left out, and the source bytes resumed."""
+) -> tuple[others.Others, int]:
+    """Write all of `data/`. Returns the other files, copied and left out, and the source bytes resumed."""
     begun = journal.read(stage.folder) if resume else None  # again, now that nobody else writes it
     done: dict[str, int] = {}
     hashes: dict[str, dict[str, str]] = {}
@@ -166,13 +165,14 @@ def _fill(
                 ) from None
     todo = [(shard, item) for shard in job.layouts for item in shard.items[done.get(shard.file, 0) :]]
     headers = sum(len(shard.header) for shard in job.layouts)
-    staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo))
+    beside = others.find(job.checkpoint)
+    staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo) + beside.nbytes)
     book = journal.Journal(stage.folder, journal.Records(fingerprint, replaces, hashes))
     try:
         resumed = _write_weights(job, stage, book, done, todo, progress)
     finally:
         book.close()
-    copied, left_out = others.write(job.checkpoint, stage.data, job.layouts, job.config)
+    written = others.write(job.checkpoint, beside, stage.data, job.layouts, job.config)
     now = fingerprints.of_source(job.checkpoint)
     if changes := fingerprints.differences(fingerprint, {**fingerprint, "source": now}):
         what = "; ".join(changes)
@@ -183,17 +183,12 @@ def _fill(
         except SourceChangedError as error:
             raise SourceChangedError(f"{error}; what was written is removed, please start again") from None
     fingerprint = {**fingerprint, "source": now}
-    written = [*copied]
-    if job.config is not None:
-        written.append(layout.CONFIG_FILE)
-    if len(job.layouts) > 1:
-        written.append(layout.INDEX_FILE)
     listing = manifest.build(stage.data, job.layouts, book.hashes, sorted(written), fingerprint)
     writer.write_json(stage.data / layout.MANIFEST_FILE, listing)
     fault = next(iter(verify.against_manifest(stage.data, listing)), None)
     if fault is not None:
         raise CheckpointError(f"reading back what was written failed: {fault}")
-    return copied, left_out, resumed
+    return beside, resumed
 
 
 def _write_weights(

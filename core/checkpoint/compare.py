@@ -146,12 +146,13 @@ def compare_checkpoints(
     CheckpointError if either is malformed, or if they have no name in common. Shapes that differ and values
     that are not finite are the error of that tensor only.
     """
-    with Checkpoint(Path(a).expanduser()) as left, Checkpoint(Path(b).expanduser()) as right:
+    with Checkpoint(a) as left, Checkpoint(b) as right:
         names_a, names_b = _weights(left), _weights(right)
-        pairs = {name: found for name in names_a if (found := _counterpart(name, right, names_b)) is not None}
+        tied_a, tied_b = _tied_embedding(left, names_a), _tied_embedding(right, names_b)
+        pairs = {name: found for name in names_a if (found := _counterpart(name, right, names_b, tied_b)) is not None}
         used = set(pairs.values())
         # a name that only B has may be one that A keeps once for two
-        only_b = [name for name in names_b if name not in used and _counterpart(name, left, names_a) is None]
+        only_b = [name for name in names_b if name not in used and _counterpart(name, left, names_a, tied_a) is None]
         if not pairs:
             raise CheckpointError(f"{left.path} and {right.path} have no tensor name in common")
         total, whole, done = sum(prod(names_a[name]) for name in pairs), _Sums(), 0
@@ -179,17 +180,20 @@ def _weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _counterpart(name: str, other: Checkpoint, names: dict[str, tuple[int, ...]]) -> str | None:
+def _tied_embedding(checkpoint: Checkpoint, names: dict[str, tuple[int, ...]]) -> str | None:
+    """The tensor that an output head without one of its own is tied to."""
+    found = [n for n in names if n.endswith(_EMBEDDINGS)] if checkpoint.config.get("tie_word_embeddings") else []
+    return found[0] if len(found) == 1 else None
+
+
+def _counterpart(name: str, other: Checkpoint, names: dict[str, tuple[int, ...]], tied: str | None) -> str | None:
     """The name under which `other` has the tensor: its own, or that of the tensor which it is tied to."""
     if name in names:
         return name
     alias = other.metadata.get(name)  # as safetensors' save_model notes the names that it drops
     if alias in names:
         return alias
-    if name.endswith(_HEAD) and other.config.get("tie_word_embeddings"):
-        found = [n for n in names if n.endswith(_EMBEDDINGS)]
-        return found[0] if len(found) == 1 else None
-    return None
+    return tied if name.endswith(_HEAD) else None
 
 
 def _difference(

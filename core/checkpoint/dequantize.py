@@ -14,6 +14,7 @@ from fourbit.checkpoint import shards
 from fourbit.checkpoint.build import Job, Progress, build
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint
+from fourbit.checkpoint.source import resolved
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
 from fourbit.state import QuantState, dtype_name
 
@@ -29,7 +30,9 @@ class DequantizeReport:
         files: names of the weight files written.
         bytes_before: of the source's tensors, code tables and metadata included.
         bytes_after: of the tensors written.
-        copied: other files carried over; left_out: files with weights in other forms, which were not.
+        copied: other files carried over.
+        left_out: files with weights in other forms or of other models, which were not.
+        skipped: what else was not, with the reason: links out of the source, pipes, devices.
         resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
         leftovers: folders beside the new one that runs left and that are not known to be of no use.
@@ -44,6 +47,7 @@ class DequantizeReport:
     bytes_after: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
+    skipped: dict[str, str]
     resumed_bytes: int
     seconds: float
     leftovers: tuple[Path, ...]
@@ -60,6 +64,7 @@ class DequantizeReport:
             "bytes_after": self.bytes_after,
             "copied": list(self.copied),
             "left_out": list(self.left_out),
+            "skipped": self.skipped,
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
             "leftovers": [str(path) for path in self.leftovers],
@@ -104,7 +109,7 @@ def dequantize_checkpoint(
     begin = time.perf_counter()
     if overwrite and resume:
         raise ValueError("dequantize_checkpoint: overwrite begins afresh and resume does not: want one of them")
-    source, target = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
+    source, target = resolved(src), Path(dst).expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_quantized(checkpoint)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
@@ -113,7 +118,7 @@ def dequantize_checkpoint(
         job = Job(
             checkpoint=checkpoint,
             target=target,
-            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes),
+            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes, checkpoint.stem),
             settings={"dequantize": "the stored types" if dtype is None else dtype_name(dtype)},
             config=config or None,
             read=lambda item: _read(checkpoint, item),
@@ -131,8 +136,9 @@ def dequantize_checkpoint(
         files=tuple(shard.file for shard in job.layouts),
         bytes_before=checkpoint.nbytes,
         bytes_after=sum(item.nbytes for item in items),
-        copied=built.copied,
-        left_out=built.left_out,
+        copied=built.others.carried,
+        left_out=built.others.left_out,
+        skipped=built.others.skipped,
         resumed_bytes=built.resumed_bytes,
         seconds=time.perf_counter() - begin,
         leftovers=built.leftovers,

@@ -134,7 +134,7 @@ def _strangers(dst: Path, found: Snapshot) -> list[str]:
 def _opened(folder: Path) -> set[str]:
     """Names of the weight files that reading the folder would open."""
     try:
-        return {file.name for file in layout.find_files(folder)[0]}
+        return {file.name for file in layout.find_files(folder).files}
     except CheckpointError:  # damaged, or several models
         return set()
 

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fourbit.checkpoint import layout
+from fourbit.checkpoint import layout, others
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.output import hash_of
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.shards import Shard
-from fourbit.checkpoint.writer import other_files
 from fourbit.version import __version__
 
 
@@ -38,8 +37,8 @@ def files(checkpoint: Checkpoint) -> dict[str, Path]:
     names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
     own = [layout.CONFIG_FILE]
     if whole:
-        names |= {name: folder / name for name in other_files(folder)[0]}
-        own.append(layout.INDEX_FILE)
+        own += [] if checkpoint.index is None else [checkpoint.index.name]
+        names |= {name: folder / name for name in others.find(checkpoint).carried}
     return names | {name: folder / name for name in own if layout.is_there(folder / name)}
 
 

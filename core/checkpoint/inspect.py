@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fourbit.checkpoint import foreign
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.state import dtype_name
 
@@ -59,7 +60,7 @@ class Inspection:
 
     Attributes:
         path: of the folder or file.
-        kind: in words: 4-bit, plain, or quantized by another method.
+        kind: in words: 4-bit, plain, an adapter, or quantized by another method.
         tensors: in the order of the files.
         files: names of the weight files.
     """
@@ -115,7 +116,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
     Raises CheckpointError, naming the tensor or file, for anything malformed.
     """
-    with Checkpoint(Path(path).expanduser()) as checkpoint:
+    with Checkpoint(path) as checkpoint:
         companions = checkpoint.companions()
         tensors = tuple(_facts(checkpoint, name) for name in checkpoint.entries if name not in companions)
         files = tuple(file.name for file in checkpoint.files)
@@ -142,5 +143,7 @@ def _facts(checkpoint: Checkpoint, name: str) -> TensorFacts:
 def _kind(checkpoint: Checkpoint) -> str:
     if checkpoint.quantized():
         return "4-bit, in the bitsandbytes layout"
-    entry = checkpoint.quantization_config()
-    return f"quantized by {entry.get('quant_method', 'an unnamed method')}" if entry else "plain, not quantized"
+    found = foreign.quantized_by(checkpoint)
+    if found is not None:
+        return f"quantized by {found[0]}"
+    return "an adapter (of peft)" if foreign.is_adapter(checkpoint) else "plain, not quantized"

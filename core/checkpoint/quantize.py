@@ -6,6 +6,7 @@ The plan decides and `shards` lays the files out; `build` writes them, so that i
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,16 @@ from fourbit import codebooks
 from fourbit.checkpoint import shards
 from fourbit.checkpoint.build import Job, Progress, build
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.foreign import require_unquantized
 from fourbit.checkpoint.reader import Checkpoint
+from fourbit.checkpoint.source import resolved
 from fourbit.config import QuantConfig
 from fourbit.functional import quantize_4bit, require_finite
 from fourbit.plans import QuantPlan, plan
 from fourbit.state import dtype_name
+
+MOST_RULES = 6
+"""Rules that the error lists where nothing is quantized."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class QuantizeReport:
         files: names of the weight files written.
         bytes_before: of the source's tensors.
         bytes_after: of the tensors written, code tables and metadata included.
-        copied: other files carried over; left_out: files with weights in other forms, which were not.
+        copied: other files carried over.
+        left_out: files with weights in other forms or of other models, which were not.
+        skipped: what else was not, with the reason: links out of the source, pipes, devices.
         resumed_bytes: of the source's tensors, that an earlier run had done.
         seconds: that it took.
         leftovers: folders beside the new one that runs left and that are not known to be of no use.
@@ -49,6 +57,7 @@ class QuantizeReport:
     bytes_after: int
     copied: tuple[str, ...]
     left_out: tuple[str, ...]
+    skipped: dict[str, str]
     resumed_bytes: int
     seconds: float
     leftovers: tuple[Path, ...]
@@ -63,6 +72,7 @@ class QuantizeReport:
             "bytes_after": self.bytes_after,
             "copied": list(self.copied),
             "left_out": list(self.left_out),
+            "skipped": self.skipped,
             "resumed_bytes": self.resumed_bytes,
             "seconds": self.seconds,
             "leftovers": [str(path) for path in self.leftovers],
@@ -84,7 +94,8 @@ def quantize_checkpoint(
     """Write a 4-bit copy of the model folder `src` to `dst`, in the layout that bitsandbytes reads.
 
     Args:
-        src: a folder of safetensors, or one .safetensors file; 16- or 32-bit.
+        src: a folder of safetensors, or one .safetensors file; 16- or 32-bit. Also a repository in the Hub's cache,
+            or the Hub's name of a model that is in it; nothing is fetched.
         dst: the new folder. It is there only once it is complete.
         config: how to quantize; default QuantConfig().
         device: where to quantize.
@@ -97,8 +108,9 @@ def quantize_checkpoint(
         max_shard_bytes: size at which the next weight file is begun.
 
     Raises:
-        CheckpointError: the source is malformed or quantized already or changes meanwhile, the destination
-            exists or cannot be written, or there is an unfinished folder and neither `resume` nor `overwrite`.
+        CheckpointError: the source is malformed, an adapter, quantized already, or has nothing to quantize, or it
+            changes meanwhile; the destination exists or cannot be written, or there is an unfinished folder and
+            neither `resume` nor `overwrite`.
         NonFiniteError: a weight has NaN or Inf; its name and index are given, and nothing is left behind.
         ValueError: both `overwrite` and `resume`.
     """
@@ -106,17 +118,18 @@ def quantize_checkpoint(
     if overwrite and resume:
         raise ValueError("quantize_checkpoint: overwrite begins afresh and resume does not: want one of them")
     config = config or QuantConfig()
-    source, target = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
+    source, target = resolved(src), Path(dst).expanduser().resolve()
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
         model_config = checkpoint.config  # a broken config.json stops it here, before any work
         planned = plan(source, config, device=device)
+        require_work(planned)
         items = output_items(checkpoint, planned)
         where = torch.device(device)
         job = Job(
             checkpoint=checkpoint,
             target=target,
-            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes),
+            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes, checkpoint.stem),
             settings=_settings(planned),
             config={**model_config, "quantization_config": quantization_config(planned)},
             read=lambda item: checkpoint.read(item.source),
@@ -126,7 +139,8 @@ def quantize_checkpoint(
         built = build(job, overwrite=overwrite, resume=resume, progress=progress)
     return QuantizeReport(
         *(source, target, planned, tuple(s.file for s in job.layouts), checkpoint.nbytes),
-        *(sum(item.nbytes for item in items), built.copied, built.left_out, built.resumed_bytes),
+        *(sum(item.nbytes for item in items), built.others.carried, built.others.left_out, built.others.skipped),
+        built.resumed_bytes,
         time.perf_counter() - begin,
         built.leftovers,
     )
@@ -145,15 +159,20 @@ def _settings(planned: QuantPlan) -> dict[str, Any]:
     }
 
 
-def require_unquantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the source is quantized, by whomever."""
-    first = next(iter(checkpoint.quantized()), None)
-    if first is not None:
-        raise CheckpointError(f"{checkpoint.path} is quantized already: {first} is a 4-bit weight")
-    entry = checkpoint.quantization_config()
-    if entry:
-        method = entry.get("quant_method", "an unnamed method")
-        raise CheckpointError(f"{checkpoint.path} is quantized already: its config.json says {method}")
+def require_work(planned: QuantPlan) -> None:
+    """Raise CheckpointError if the plan quantizes nothing: it is not what anybody wants a copy for.
+
+    It is the wrong folder then (an encoder of convolutions, half of a model), or skip_modules names all there is; and
+    config.json must not say that a model is in 4 bits that is not.
+    """
+    if planned.quantized:
+        return
+    rules = Counter(t.rule for t in planned.skipped)
+    why = "; ".join(f"{count} {rule}" for rule, count in rules.most_common(MOST_RULES))
+    raise CheckpointError(
+        f"{planned.source}: no tensor is quantized, so that a copy would be the same model again. Tensors by the rule"
+        f" that leaves them as they are: {why or 'there is none'}"
+    )
 
 
 def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item]:

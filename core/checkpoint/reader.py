@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fourbit.checkpoint import layout
+from fourbit.checkpoint import layout, source
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.state import MAX_META_BYTES, QuantState
 
@@ -84,11 +84,15 @@ class TensorInfo:
 class Checkpoint:
     """A folder of safetensors (or one .safetensors or index file), opened by its headers only.
 
+    A repository in the Hub's cache, and the Hub's name of a model that is there, mean its snapshot (`source.located`).
+
     Usable in a `with` statement; a tensor that was read stays valid after `close`.
 
     Attributes:
         path: that was opened.
         files: the weight files, sorted by name.
+        index: the index's path, None if there is none.
+        stem: what the names of the weight files begin with, such as "model".
         entries: TensorInfo of each tensor, by name, in the order of the files.
         config: the parsed config.json, {} if there is none.
 
@@ -96,11 +100,17 @@ class Checkpoint:
     folder, a missing shard or tensor, a truncated file, a dtype that torch lacks.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.files, self._weight_map = layout.find_files(self.path)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = source.located(path)
+        found = layout.find_files(self.path)
+        self.files, self.index, self.stem, self._weight_map = found.files, found.index, found.stem, found.weight_map
         self.metadata: dict[str, str] = {}
-        self.entries: dict[str, TensorInfo] = {info.name: info for file in self.files for info in self._scan(file)}
+        self.entries: dict[str, TensorInfo] = {}
+        for info in (info for file in self.files for info in self._scan(file)):
+            other = self.entries.setdefault(info.name, info)
+            if other is not info:
+                both = f"{other.file.name} and in {info.file.name}"
+                raise CheckpointError(f"{self.path}: tensor {info.name!r} is in {both}, and the index lists neither")
         missing = next((n for n in self._weight_map or () if n not in self.entries), None)
         if missing is not None:
             assert self._weight_map is not None
@@ -127,10 +137,13 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json beside the weights, {} if there is none. Raises CheckpointError if it is no file."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        file = folder / layout.CONFIG_FILE
-        return layout.read_json(file) if layout.is_there(file) else {}
+        """The parsed config.json beside the weights, {} if there is none."""
+        return layout.own_json(self.folder, layout.CONFIG_FILE)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it is, or that its file is in."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fourbit import codebooks
+from fourbit.checkpoint import layout
 from fourbit.checkpoint.reader import DTYPE_NAMES, META_MARK, TensorInfo
 from fourbit.double_quant import NESTED_BLOCKSIZE
 from fourbit.state import QuantState
@@ -106,8 +107,11 @@ def _shapes_only(
     return QuantState(absmax, shape, codebook.tensor(), blocksize, codebook.name, dtype, **nested)
 
 
-def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes: int) -> list[Shard]:
-    """Divide items, in their order, among files of at most `max_shard_bytes` (more only for one larger item)."""
+def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes: int, stem: str) -> list[Shard]:
+    """Divide items, in their order, among files of at most `max_shard_bytes` (more only for one larger item).
+
+    Their names begin with `stem`, such as "model".
+    """
     groups: list[list[Item]] = [[]]
     size = 0
     for item in items:
@@ -117,9 +121,9 @@ def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes:
         groups[-1].append(item)
         size += item.nbytes
     if len(groups) == 1:
-        return [_shard("model.safetensors", groups[0], metadata)]
+        return [_shard(layout.single_file(stem), groups[0], metadata)]
     count = len(groups)
-    return [_shard(f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata) for i, group in enumerate(groups, 1)]
+    return [_shard(layout.shard_file(stem, i, count), group, metadata) for i, group in enumerate(groups, 1)]
 
 
 def _shard(file: str, items: list[Item], metadata: Mapping[str, str]) -> Shard:
@@ -141,7 +145,7 @@ def _shard(file: str, items: list[Item], metadata: Mapping[str, str]) -> Shard:
 
 
 def index(shards: Iterable[Shard]) -> dict[str, object]:
-    """The content of model.safetensors.index.json."""
+    """The content of the index, such as model.safetensors.index.json."""
     weight_map = {part.name: shard.file for shard in shards for item in shard.items for part in item.parts}
     total = sum(item.nbytes for shard in shards for item in shard.items)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

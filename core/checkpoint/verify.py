@@ -13,6 +13,7 @@ from fourbit.checkpoint import destination, journal, layout, manifest, staging
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.output import hash_of
 from fourbit.checkpoint.reader import Checkpoint
+from fourbit.checkpoint.source import resolved
 from fourbit.state import dtype_name
 
 _UNREAD = re.compile(r".*\.(?:md|png|jpe?g|gif|svg|pdf|log)|(?:LICEN[SC]E|NOTICE|COPYING)(?:\.txt)?", re.IGNORECASE)
@@ -67,7 +68,10 @@ def verify_checkpoint(path: str | Path) -> Verification:
 
     What is wrong with it comes back as faults; nothing is raised for that.
     """
-    folder = Path(path).expanduser().resolve()
+    try:
+        folder = resolved(path)
+    except CheckpointError as error:
+        return Verification(Path(path), False, True, 0, 0, 0, (str(error),))
     left = destination.unfinished_folder(folder)
     if staging.is_unfinished(folder) or (not folder.exists() and left.is_dir()):
         what = folder if staging.is_unfinished(folder) else left

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -14,18 +14,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from fourbit.checkpoint import layout
 from fourbit.checkpoint.errors import CheckpointError, LayoutError
 from fourbit.checkpoint.reader import META_MARK
 from fourbit.checkpoint.shards import Item, Part, Shard
 
 CHUNK_BYTES = 1 << 22
-
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".ot"),
-    *(".onnx", ".onnx_data", ".tflite", ".index.json"),
-)
-"""Files that hold or list weights, and so are not carried over."""
 
 
 @contextmanager
@@ -113,35 +106,17 @@ def _data(part: Part, tensor: Tensor) -> memoryview:
     return data
 
 
-def other_files(src: Path) -> tuple[list[str], list[str]]:
-    """Relative names of what is no weight and no config.json (tokenizer, templates, licence, code), and of weights.
+def copy_files(names: Iterable[str], src: Path, dst: Path) -> None:
+    """Copy files of `src` by their relative names, with subfolders.
 
-    The second list has weight files of all forms, those that are read included. Hidden files and folders and a
-    manifest, which describes the files beside it, are in neither list.
+    Raises CheckpointError if one cannot be opened, and OSError if its copy cannot be written.
     """
-    others: list[str] = []
-    weights: list[str] = []
-    for folder, folders, files in os.walk(src):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            relative = str((Path(folder) / name).relative_to(src))
-            if name.startswith(".") or relative in (layout.CONFIG_FILE, layout.MANIFEST_FILE):
-                continue
-            if name.endswith(_WEIGHT_SUFFIXES):
-                weights.append(relative)
-            elif (src / relative).is_file():
-                others.append(relative)
-            else:  # reading a pipe or a device would never end
-                raise CheckpointError(f"{src / relative} is no file, or a link that leads nowhere; it cannot be copied")
-    return others, weights
-
-
-def copy_other_files(src: Path, dst: Path) -> tuple[list[str], list[str]]:
-    """Carry over the first of `other_files`, with subfolders. Returns `(copied, left_out)`."""
-    others, weights = other_files(src)
-    for relative in others:
+    for relative in names:
         target = dst / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(src / relative, "rb") as read, atomic_file(target) as written:
+        try:
+            read = open(src / relative, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise CheckpointError(f"the source's {src / relative} cannot be read: {error.strerror or error}") from error
+        with read, atomic_file(target) as written:
             shutil.copyfileobj(read, written)
-    return others, weights

@@ -31,13 +31,14 @@ def backends(
     table = console.table(None, "backend", "state", "devices", "blocksize", "reason", "source", left=6)
     for info in found:
         devices = ", ".join(info.device_types).replace("*", "any")
-        cells = (console.escape(info.name), info.state, console.escape(devices), str(info.default_blocksize or ""))
+        cells = (info.name, info.state, devices, str(info.default_blocksize or ""))
         style = _STYLES.get(info.state, "bold red")
-        table.add_row(*cells, console.escape(info.reason), console.escape(info.source), style=style)
+        table.add_row(*cells, info.reason, info.source, style=style)
     console.out.print(table)
     for info in found:
         if verbose and info.traceback:
-            console.out.print(f"\n[bold]{console.escape(info.name)}[/]")
-            console.out.print(info.traceback, markup=False, soft_wrap=True)
+            console.out.print()
+            console.out.print(info.name, style="bold")
+            console.out.print(console.lines(*info.traceback.splitlines()), soft_wrap=True)
         elif info.traceback:
             console.note(f"{info.name} failed; -v shows its traceback")

@@ -42,6 +42,7 @@ def compare(
         from fourbit.cli import compare_plot
 
         compare_plot.require_matplotlib()  # before the work, not after
+    a, b = options.source(a), options.source(b)
     with console.step_progress() as bar:
         task = bar.add_task("comparing", total=None)
 
@@ -75,14 +76,14 @@ def write_csv(found: Comparison, path: Path) -> None:
 def show(found: Comparison) -> None:
     """The table of what differs, then what does not and what only one side has."""
     columns = ("tensor", "A", "B", "shape", "RMSE", "relative RMSE", "SQNR dB", "max error")
-    title = f"A: {console.escape(str(found.a))}\nB: {console.escape(str(found.b))}"
+    title = console.lines(f"A: {found.a}", f"B: {found.b}", style="table.title")
     table = console.table(title, *columns, left=3, wrap=1)
     for t in found.tensors:
         if t.identical:
             continue
         name = t.name if t.name == t.name_in_b else f"{t.name} ({t.name_in_b} in B)"
         style = "" if t.error is None else "bold red"
-        table.add_row(console.escape(name), t.type_a, t.type_b, console.shape(t.shape), *_figures(t), style=style)
+        table.add_row(name, t.type_a, t.type_b, console.shape(t.shape), *_figures(t), style=style)
     if found.total is not None:
         table.add_section()
         count = f"{found.total.parameters:,}"
@@ -93,7 +94,7 @@ def show(found: Comparison) -> None:
     console.out.print(f"{len(found.tensors)} tensors compared, {identical} of them identical")
     for side, names in (("A", found.only_in_a), ("B", found.only_in_b)):
         if names:
-            console.out.print(f"only in {side}: {console.escape(', '.join(names))}", soft_wrap=True)
+            console.out.print(f"only in {side}: {', '.join(names)}", soft_wrap=True)
 
 
 def _figures(t: TensorDifference) -> tuple[str, str, str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,22 +13,55 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskProgressColumn,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 PIPED_WIDTH = 160
 """Columns where stdout is no terminal and COLUMNS is not set: rows stay in one line."""
 
 
-def _console(stderr: bool) -> Console:
+def literal(text: str) -> str:
+    """Text as it is, but for characters that a terminal does not show: those are written as escapes.
+
+    These are control characters (line breaks, too), marks that turn the direction of writing, and whatever else
+    Unicode does not count as printable.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+class LiteralConsole(Console):
+    """A console on which every string is shown literally, since names and values in files are a stranger's.
+
+    It is the one place where strings become what is shown: neither markup such as [red] nor :bomb: means anything,
+    and no control character comes through. What is styled, or has several lines, is a Text of `lines`.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A Text without any meaning in its characters."""
+        return super().render_str(literal(text), **{**options, "markup": False, "emoji": False, "highlight": False})
+
+
+def lines(*texts: str, style: str = "") -> Text:
+    """Several lines as one, each shown literally."""
+    return Text("\n".join(map(literal, texts)), style=style)
+
+
+def _console(stderr: bool) -> LiteralConsole:
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False)
+    terminal = stream is not None and stream.isatty()
+    width = None if terminal or "COLUMNS" in os.environ else PIPED_WIDTH
+    return LiteralConsole(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 out = _console(stderr=False)
@@ -46,28 +79,29 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def error(message: str) -> None:
     """One line on stderr, however long."""
-    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    err.print(Text("error:", style="bold red"), message, soft_wrap=True)
 
 
 def warning(message: str) -> None:
     """One line on stderr that stands out."""
-    err.print(f"[bold black on yellow] WARNING [/] [bold yellow]{escape(message)}[/]", soft_wrap=True)
+    err.print(Text(" WARNING ", style="bold black on yellow"), message, style="bold yellow", soft_wrap=True)
 
 
 def note(message: str) -> None:
     """One line on stderr."""
-    err.print(f"[dim]{escape(message)}[/]", soft_wrap=True)
+    err.print(message, style="dim", soft_wrap=True)
 
 
-def escape(text: str) -> str:
-    """Text without markup, and without control characters: names in files are a stranger's."""
-    from rich.markup import escape as markup
-
-    return markup("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+def left_out(names: Sequence[str], skipped: Mapping[str, str]) -> None:
+    """What a copy of a folder lacks, and why."""
+    if names:
+        note(f"not copied, since they hold weights in another form, or of another model: {', '.join(names)}")
+    for name, reason in skipped.items():
+        warning(f"not copied: {name}, {reason}")
 
 
 def table(
-    title: str | None, *columns: str, left: int = 1, wrap: int | None = None, caption: str | None = None
+    title: str | Text | None, *columns: str, left: int = 1, wrap: int | None = None, caption: str | None = None
 ) -> Table:
     """A table whose first `left` columns are text and the others numbers; the first `wrap` (`left`) may wrap."""
     made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
@@ -78,10 +112,18 @@ def table(
     return made
 
 
+class _Description(ProgressColumn):
+    """What a bar is about."""
+
+    def render(self, task: Task) -> Text:
+        """The task's description, shown literally."""
+        return lines(task.description)
+
+
 def byte_progress() -> Progress:
     """A bar in bytes, with rate and time left."""
     return Progress(
-        TextColumn("{task.description}"),
+        _Description(),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -95,7 +137,7 @@ def byte_progress() -> Progress:
 def step_progress() -> Progress:
     """A bar in steps."""
     return Progress(
-        TextColumn("{task.description}"),
+        _Description(),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

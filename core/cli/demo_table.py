@@ -33,7 +33,7 @@ def show(result: dict[str, Any]) -> None:
     table.add_row("perplexity", f"{before['perplexity']:.3f}", f"{after['perplexity']:.3f} ({change:+.1%})")
     table.add_section()
     label = f"“{sample_text.PROMPT}”"
-    table.add_row(label, console.escape(before["text"]), console.escape(after["text"]))
+    table.add_row(label, *(console.lines(*side["text"].splitlines()) for side in (before, after)))
     table.add_section()
     for op in result["ops"]:
         how = ", composed of other ops" if op["composed_of_other_ops"] else ""

@@ -53,6 +53,7 @@ def dequantize(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error).replace("compute_dtype", "--dtype")) from None
     where = options.device(device)
+    src = options.source(src)
     choice = {"overwrite": resume is False, "resume": resume is True}
     with console.byte_progress() as bar:
         task = bar.add_task("dequantizing", total=None)
@@ -75,15 +76,14 @@ def dequantize(
 def show(report: DequantizeReport) -> None:
     """What was done, in few lines."""
     console.out.print(
-        f"{console.escape(str(report.source))} -> {console.escape(str(report.destination))}"
+        f"{report.source} -> {report.destination}"
         f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
         soft_wrap=True,
     )
     if report.resumed_bytes:
         done = f"{console.size(report.resumed_bytes)} of {console.size(report.bytes_before)}"
         console.note(f"resumed: an earlier run had done {done}")
-    if report.left_out:
-        console.note(f"not copied, since they hold weights in another form: {', '.join(report.left_out)}")
+    console.left_out(report.left_out, report.skipped)
     note_leftovers(report.leftovers)
     console.out.print(
         f"{len(report.dequantized)} weights dequantized, {len(report.carried)} other tensors carried over;"

@@ -50,7 +50,7 @@ def estimate(
     if (folder is None) == (params is None):
         raise typer.BadParameter("give either MODEL_FOLDER or --params")
     if folder is not None:
-        tensors, other, other_bytes, before, largest = _of_folder(folder)
+        tensors, other, other_bytes, before, largest = _of_folder(options.source(folder))
     else:
         assert params is not None
         tensors, largest = [parse_count(params)], None
@@ -118,7 +118,7 @@ def _table_bytes(double_quant: bool) -> int:
 
 
 def _of_folder(folder: Path) -> tuple[list[int], int, int, int, int]:
-    from fourbit.checkpoint.quantize import require_unquantized
+    from fourbit.checkpoint.foreign import require_unquantized
     from fourbit.checkpoint.reader import Checkpoint
     from fourbit.plans import plan
 
@@ -135,7 +135,7 @@ def _show(found: list[Estimate], count: int, other: int, other_bytes: int, befor
     columns = ["data type", "double quantization", "blocksize", "bits per quantized parameter", "quantized part"]
     if folder is not None:
         columns += ["whole model", "bits per parameter of the whole"]
-    title = f"{console.escape(folder)}: " if folder else ""
+    title = f"{folder}: " if folder else ""
     title += f"{count:,} parameters to quantize"
     if folder is not None:
         title += f", {other:,} that stay as they are ({other_bytes:,} bytes); today {before:,} bytes"

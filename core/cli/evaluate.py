@@ -24,7 +24,6 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
     The weights are those of the folder: 16-bit ones go to float32 without loss, 4-bit ones stay packed.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from fourbit import dispatch
     from fourbit.checkpoint.reader import Checkpoint
@@ -34,7 +33,7 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
     with Checkpoint(folder) as checkpoint:
         is_4bit = bool(checkpoint.quantized())
     model = _load(folder, is_4bit).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer(folder)
     seconds["load"] = time.perf_counter() - begin
 
     begin = time.perf_counter()
@@ -68,7 +67,13 @@ def _load(folder: Path, is_4bit: bool) -> Any:
         return load(folder)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _perplexity(model: Any, windows: Any, progress: Progress) -> float:

@@ -22,18 +22,18 @@ def inspect(
     """
     from fourbit.checkpoint.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(path)
+    found = inspect_checkpoint(options.source(path))
     if as_json:
         console.print_json(found.to_dict())
         return
     columns = ("tensor", "type", "shape", "blocksize", "bits/param", "bytes")
     double = any(t.double_quant for t in found.tensors)
     caption = "dq: double-quantized, the scales are in 8 bits too" if double else None
-    title = f"{console.escape(str(found.path))}: {found.kind}"
+    title = f"{found.path}: {found.kind}"
     table = console.table(title, *columns, left=2, wrap=1, caption=caption)
     for t in found.tensors:
         kind = f"{t.type} dq" if t.double_quant else t.type
-        cells = (console.escape(t.name), kind, console.shape(t.shape))
+        cells = (t.name, kind, console.shape(t.shape))
         table.add_row(*cells, str(t.blocksize or ""), f"{t.bits_per_parameter:.4f}", f"{t.nbytes:,}")
     console.out.print(table)
     totals = console.table(None, "", "tensors", "parameters", "bytes", "bits per parameter")

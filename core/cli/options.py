@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fourbit.cli import console
 
 if TYPE_CHECKING:
     import torch
@@ -49,3 +52,13 @@ def device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise typer.BadParameter(str(error).splitlines()[0]) from None
+
+
+def source(path: Path) -> Path:
+    """The folder or file that is meant; where it is another than what was named, in the Hub's cache, that is said."""
+    from fourbit.checkpoint.source import located
+
+    found = located(path)
+    if found != path.expanduser():
+        console.note(f"{path}: using the snapshot {found}")
+    return found

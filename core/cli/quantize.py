@@ -58,16 +58,24 @@ def quantize(
     head and routers stay as they are. Tensors are read and written one at a time, and DST appears only when
     all of it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted,
     even by a power cut, the same command with --resume continues it.
+
+    SRC may be a repository in the Hub's cache, or the Hub's name of a model that is in it; nothing is fetched. What
+    others quantized, adapters, and models in which there is nothing to quantize are refused. Links out of SRC are
+    not followed.
     """
+    from fourbit.checkpoint.quantize import require_work
+
     overwrite = resume is False
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
+    src = options.source(src)
     if dry_run:
         plan, nbytes = check_and_plan(src, dst, config, where, overwrite, resume is True)
         if as_json:
             console.print_json({"dry_run": True, "bytes_written": nbytes, **plan.to_dict()})
         else:
             show_plan(plan, nbytes)
+        require_work(plan)
     else:
         report = run(src, dst, config, where, overwrite, resume is True)
         plan = report.plan
@@ -83,11 +91,13 @@ def check_and_plan(
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
     from fourbit.checkpoint import destination, fingerprint, others
-    from fourbit.checkpoint.quantize import output_items, require_unquantized
+    from fourbit.checkpoint.foreign import require_unquantized
+    from fourbit.checkpoint.quantize import output_items
     from fourbit.checkpoint.reader import Checkpoint
+    from fourbit.checkpoint.source import resolved
     from fourbit.plans import plan
 
-    source = src.expanduser().resolve()
+    source = resolved(src)
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
         target = dst.expanduser().resolve()
@@ -125,7 +135,7 @@ def show_plan(plan: QuantPlan, nbytes: int) -> None:
     table = console.table(None, "tensor", "action", "rule", "shape", "before", "after", left=3)
     for t in plan.tensors:
         style = "bold yellow" if t.large_left else "" if t.action == "quantize" else "dim"
-        cells = (console.escape(t.name), t.action, console.escape(t.rule), console.shape(t.shape))
+        cells = (t.name, t.action, t.rule, console.shape(t.shape))
         table.add_row(*cells, f"{t.bytes_before:,}", f"{t.bytes_after:,}", style=style)
     console.out.print(table)
     show_sizes(plan, nbytes)
@@ -135,16 +145,14 @@ def show_plan(plan: QuantPlan, nbytes: int) -> None:
 def show_report(report: QuantizeReport) -> None:
     """What was done, in few lines."""
     console.out.print(
-        f"{console.escape(str(report.source))} -> {console.escape(str(report.destination))}"
+        f"{report.source} -> {report.destination}"
         f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
         soft_wrap=True,
     )
     if report.resumed_bytes:
         done = f"{console.size(report.resumed_bytes)} of {console.size(report.bytes_before)}"
         console.note(f"resumed: an earlier run had done {done}")
-    if report.left_out:
-        names = ", ".join(report.left_out)
-        console.note(f"not copied, since they hold weights in another form: {names}")
+    console.left_out(report.left_out, report.skipped)
     note_leftovers(report.leftovers)
     show_sizes(report.plan, report.bytes_after)
 
@@ -174,9 +182,9 @@ def show_sizes(plan: QuantPlan, total_after: int) -> None:
     table.add_section()
     table.add_row("whole model", *cells, style="bold")
     console.out.print(table)
-    console.out.print(f"layers as described by {console.escape(plan.described_by)}", soft_wrap=True)
+    console.out.print(f"layers as described by {plan.described_by}", soft_wrap=True)
     for rule, names in _large_by_choice(plan).items():
-        console.out.print(f"left as they are by rule ({console.escape(rule)}): {console.escape(', '.join(names))}")
+        console.out.print(f"left as they are by rule ({rule}): {', '.join(names)}")
 
 
 def _large_by_choice(plan: QuantPlan) -> dict[str, list[str]]:
@@ -195,5 +203,3 @@ def warn(plan: QuantPlan) -> None:
         console.warning(
             f"{t.name} {console.shape(t.shape)} STAYS IN {8 * t.dtype.itemsize} BIT: {t.bytes_after:,} bytes; {t.rule}"
         )
-    if not plan.quantized:
-        console.warning("no tensor is quantized")

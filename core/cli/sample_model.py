@@ -130,7 +130,7 @@ def convert(gguf: Path, folder: Path) -> dict[str, int]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"gguf_file": gguf.name}
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     # It is in plain float32 now, and save_pretrained refuses while it takes it for a GGUF model.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from fourbit.cli import console, options
 
@@ -23,18 +24,18 @@ def verify(
     """
     from fourbit.checkpoint.verify import verify_checkpoint
 
-    found = verify_checkpoint(path)
+    found = verify_checkpoint(options.source(path))
     if as_json:
         console.print_json(found.to_dict())
     else:
         for fault in found.faults:
-            console.out.print(f"[bold red]fault:[/] {console.escape(fault)}", soft_wrap=True)
+            console.out.print(Text("fault:", style="bold red"), fault, soft_wrap=True)
         for notice in found.notices:
-            console.out.print(f"note: {console.escape(notice)}", soft_wrap=True)
+            console.out.print(f"note: {notice}", soft_wrap=True)
         if found.ok:
             how = "every hash is right" if found.manifest else "consistent; it has no manifest, so no hash is compared"
             console.out.print(
-                f"{console.escape(str(found.path))}: {found.tensors} tensors, {found.quantized} weights in 4 bits,"
+                f"{found.path}: {found.tensors} tensors, {found.quantized} weights in 4 bits,"
                 f" {found.nbytes:,} bytes: {how}",
                 soft_wrap=True,
             )

@@ -202,7 +202,7 @@ def _storage(tensor: Tensor) -> int | None:
     """What tells two storages apart; None where there is none: sparse tensors, and those of torch.func's transforms."""
     if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 # as torch registers its own tensors and parameters: handles of shared memory, and of CUDA's, instead of copies

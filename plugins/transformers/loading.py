@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +37,9 @@ def load(
     except ImportError as error:
         raise ImportError("loading a model needs transformers: pip install 'fourbit[transformers]'") from error
     compute_dtype = as_compute_dtype(compute_dtype)
-    folder = Path(folder)
     checkpoint = Checkpoint(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
+    folder = checkpoint.folder
+    config = _config(transformers, checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would ask for bitsandbytes
     model = _empty_model(transformers, config)
@@ -67,12 +66,28 @@ def load(
     return model.eval()
 
 
+def _config(transformers: Any, checkpoint: Checkpoint) -> Any:
+    """The model's configuration. Code in the folder is never run, and never asked about."""
+    found = checkpoint.config  # read by fourbit first: it follows no link out of the folder
+    kind = found.get("model_type")
+    known = isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
+    if "auto_map" in found and not known:
+        raise ValueError(
+            f"{checkpoint.folder} needs code of its own (auto_map in its config.json), and transformers has no model"
+            f" {kind!r}: fourbit runs no code that comes with a folder. Load it with transformers itself, with"
+            " trust_remote_code=True, if you trust it"
+        )
+    return transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+
+
 def _empty_model(transformers: Any, config: Any) -> Any:
     """The model with its parameters on the meta device and its buffers real."""
     from transformers.initialization import no_init_weights
 
     names = getattr(config, "architectures", None) or []
-    cls = next((found for n in names if (found := getattr(transformers, n, None)) is not None), None)
+    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    # a stranger names it: a model, and nothing else that transformers has
+    cls = next((c for c in classes if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     if cls is None:
         raise ValueError(f"config.json names no architecture that transformers has: {names}")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

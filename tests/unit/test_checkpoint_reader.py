@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fourbit
-from fourbit.checkpoint import Checkpoint, CheckpointError
+from fourbit.checkpoint import Checkpoint, CheckpointError, compare, layout
 from fourbit.checkpoint.inspect import inspect_checkpoint
 from tests.folders import sample_tensors, write_folder, write_index
 
@@ -228,3 +228,41 @@ def test_corrupted_state(tmp_path, changes, cut):
         return
     assert torch.equal(packed_again, packed)
     assert state_again.numel == 1024  # its shape may have been changed to one of as many elements
+
+
+def test_a_repeated_name_is_found_in_linear_time():
+    """Counted, not timed: how often names are looked up."""
+
+    class Name(str):
+        __slots__ = ()
+        count = 0
+
+        def __hash__(self):
+            Name.count += 1
+            return str.__hash__(self)
+
+    names = [Name(f"l.{i}.weight") for i in range(1000)]
+    with pytest.raises(ValueError, match="has the name 'l.999.weight' twice"):
+        layout.unique_names([(name, 0) for name in [*names, names[-1]]])
+    assert Name.count <= 10 * len(names)
+
+
+def test_tied_heads_are_found_in_linear_time(tmp_path):
+    """A stranger's header may have any number of heads: the embedding is sought once for all of them."""
+
+    class Name(str):
+        __slots__ = ()
+        count = 0
+
+        def endswith(self, *arguments):
+            Name.count += 1
+            return str.endswith(self, *arguments)
+
+    folder = write_folder(tmp_path / "m")
+    (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+    checkpoint = Checkpoint(folder)
+    names = {Name(f"{i}.wte.weight"): (1,) for i in range(50)}
+    heads = [f"{i}.lm_head.weight" for i in range(50)]
+    tied = compare._tied_embedding(checkpoint, names)
+    assert [compare._counterpart(head, checkpoint, names, tied) for head in heads] == [None] * 50
+    assert Name.count == 50

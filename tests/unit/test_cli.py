@@ -88,9 +88,15 @@ def test_a_large_tensor_left_in_16_bit_cannot_be_missed(large, tmp_path):
             assert value.get("plan", value)["large_left"] == ["model.layers.0.odd_bank"]
 
 
-def test_nothing_to_quantize_is_said(tmp_path):
-    src = write_folder(tmp_path / "src", {"norm.weight": torch.ones(8)})
-    assert "no tensor is quantized" in ok("quantize", src, tmp_path / "dst").stderr
+def test_nothing_to_quantize_is_an_error(tmp_path):
+    src = write_folder(tmp_path / "src", {"norm.weight": torch.ones(8), "a.conv.weight": torch.ones(2, 2, 3, 3)})
+    for extra in ([], ["--dry-run"], ["--json"]):
+        result = run("quantize", src, tmp_path / "dst", *extra)
+        assert result.exit_code == 1
+        assert "no tensor is quantized" in result.stderr
+        assert "1 convolution; 1 not a matrix (norm, bias or scalar)" in result.stderr
+        assert ("norm.weight" in result.stdout) == (extra == ["--dry-run"])  # the plan says why
+    assert os.listdir(tmp_path) == ["src"]
 
 
 def test_errors_are_one_line(src, tmp_path):

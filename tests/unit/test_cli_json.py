@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 def test_quantize(folders):
     value = folders[2]
     keys = {"dry_run", "source", "destination", "files", "bytes_before", "bytes_after", "copied", "left_out"}
-    assert set(value) == keys | {"resumed_bytes", "seconds", "leftovers", "plan"}
+    assert set(value) == keys | {"skipped", "resumed_bytes", "seconds", "leftovers", "plan"}
     assert set(value["plan"]) == PLAN and set(value["plan"]["tensors"][0]) == PLANNED
 
 
@@ -57,7 +57,7 @@ def test_quantize_dry_run(folders, tmp_path):
 def test_dequantize(folders, tmp_path):
     value = run("dequantize", folders[1], tmp_path / "new", "--dtype", "float32")
     keys = {"source", "destination", "dequantized", "carried", "files", "bytes_before", "bytes_after", "copied"}
-    assert set(value) == keys | {"left_out", "resumed_bytes", "seconds", "leftovers"}
+    assert set(value) == keys | {"left_out", "skipped", "resumed_bytes", "seconds", "leftovers"}
 
 
 def test_inspect(folders):
