@@ -113,8 +113,7 @@ def build(job: Job[R], *, overwrite: bool, resume: bool, progress: Progress | No
         raise CheckpointError(
             f"an unfinished run of {target} is there ({left}): --resume continues it, --overwrite starts afresh"
         )
-    read = fingerprints.files(job.checkpoint).values()
-    replaces = destination.check(source, read, target, overwrite, replaces)
+    replaces = destination.check(source, others.every_file(job.checkpoint), target, overwrite, replaces)
     if begun is not None and (changes := fingerprints.differences(begun.fingerprint, fingerprint)):
         what = "; ".join(changes)
         raise CheckpointError(f"the unfinished run of {target} cannot be resumed: {what}. --overwrite starts afresh")

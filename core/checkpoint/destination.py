@@ -45,13 +45,13 @@ def unfinished_folder(dst: Path) -> Path:
 
 
 def check(
-    src: Path, read: Iterable[Path], dst: Path, overwrite: bool, replaces: Snapshot | None = None
+    src: Path, files: Iterable[Path], dst: Path, overwrite: bool, replaces: Snapshot | None = None
 ) -> Snapshot | None:
     """What the run may replace: the destination as it is, or None if nothing is there.
 
     Args:
         src: the source, a resolved path.
-        read: every file of it that is read.
+        files: every file of it, also those that are not carried over.
         dst: the destination, a resolved path.
         overwrite: whether a model folder may be replaced.
         replaces: what an earlier run, which is resumed, was allowed to replace.
@@ -59,7 +59,7 @@ def check(
     Raises CheckpointError if the model must not be written there: it is the source, or has files of the source, or
     is there and is not to be replaced, or holds something else than a model, or is not what was to be replaced.
     """
-    _check_apart(src, read, dst)
+    _check_apart(src, files, dst)
     if not os.path.lexists(dst):
         return None
     if replaces is not None:
@@ -93,21 +93,27 @@ def require_same(replaces: Snapshot, folder: Path, dst: Path) -> None:
         )
 
 
-def _check_apart(src: Path, read: Iterable[Path], dst: Path) -> None:
+def _check_apart(src: Path, files: Iterable[Path], dst: Path) -> None:
     if dst == src or dst in src.parents:
         raise CheckpointError(f"the destination {dst} is the source, or a folder around it")
     if src.is_dir() and src in dst.parents:
         raise CheckpointError(f"the destination {dst} lies inside the source {src}")
-    around = {folder: file for file in read for folder in file.resolve().parents}  # of what links lead to
+    around = {place: file for file in files for place in _places(file)}
     for place in (dst, unfinished_folder(dst)):
         if not place.exists():
             continue
         for folder, file in around.items():
             if folder.exists() and os.path.samefile(folder, place):  # which can have several names
                 raise CheckpointError(
-                    f"the source's {file} is {file.resolve()}, which is in the destination {place}: it would be"
+                    f"the source's {file} is {os.path.realpath(file)}, which is in the destination {place}: it would be"
                     " removed with it. Choose another destination"
                 )
+
+
+def _places(file: Path) -> tuple[Path, ...]:
+    """What `file` is, links followed, and the folders around that."""
+    real = Path(os.path.realpath(file))
+    return (real, *real.parents)
 
 
 def _strangers(dst: Path, found: Snapshot) -> list[str]:

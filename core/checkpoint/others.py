@@ -84,6 +84,15 @@ def find(checkpoint: Checkpoint) -> Others:
     return Others(tuple(sorted(carried)), tuple(sorted(left_out)), dict(sorted(skipped.items())), nbytes)
 
 
+def every_file(checkpoint: Checkpoint) -> list[Path]:
+    """All files of a checkpoint's folder but hidden ones, read or not; of a single file, what is read with it."""
+    beside = find(checkpoint)
+    names = [*beside.carried, *beside.left_out, *beside.skipped]
+    index = [] if checkpoint.index is None else [checkpoint.index]
+    config = checkpoint.folder / layout.CONFIG_FILE
+    return [*checkpoint.files, *index, *([config] if config.exists() else []), *(checkpoint.path / n for n in names)]
+
+
 def require_free_names(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a file that is to be carried over has a name that cannot be had in the new folder."""
     taken = {layout.CONFIG_FILE, layout.MANIFEST_FILE}

@@ -90,7 +90,7 @@ def check_and_plan(
     src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
-    from fourbit.checkpoint import destination, fingerprint, others
+    from fourbit.checkpoint import destination, others
     from fourbit.checkpoint.foreign import require_unquantized
     from fourbit.checkpoint.quantize import output_items
     from fourbit.checkpoint.reader import Checkpoint
@@ -102,7 +102,7 @@ def check_and_plan(
         require_unquantized(checkpoint)
         target = dst.expanduser().resolve()
         others.require_free_names(checkpoint)
-        destination.check(source, fingerprint.files(checkpoint).values(), target, overwrite or resume)
+        destination.check(source, others.every_file(checkpoint), target, overwrite or resume)
         planned = plan(source, config, device=device)
         return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
 

@@ -189,6 +189,10 @@ def link_other_file(src, dst):
     (src / "tokenizer.json").symlink_to(dst / "tokenizer.json")
 
 
+def link_inner_folder(src, dst):
+    (src / "docs").symlink_to(dst)
+
+
 def link_folder(src, dst):
     shutil.rmtree(src)
     src.symlink_to(dst)
@@ -202,7 +206,7 @@ def link_to_link(src, dst):
     (src / "model.safetensors").symlink_to("../between")
 
 
-LINKS = (link_file, link_other_file, link_folder, link_to_link)
+LINKS = (link_file, link_other_file, link_inner_folder, link_folder, link_to_link)
 
 
 @pytest.mark.parametrize("link", LINKS, ids=lambda f: f.__name__)
@@ -210,8 +214,18 @@ def test_source_of_links_into_the_destination(tmp_path, link):
     src, dst = write_folder(tmp_path / "src"), write_folder(tmp_path / "dst")
     link(src, dst)
     before = contents(dst)
-    with pytest.raises(CheckpointError, match="Choose another destination|is the source, or a folder around it"):
+    refusals = "Choose another destination|is the source, or a folder around it|outside of its folder"
+    with pytest.raises(CheckpointError, match=refusals):
         quantize_checkpoint(src, dst, overwrite=True)
+    assert contents(dst) == before and not staging.unfinished_folder(dst).exists()
+
+
+def test_a_named_file_that_is_a_link_into_the_destination(tmp_path):
+    src, dst = write_folder(tmp_path / "src"), write_folder(tmp_path / "dst")
+    link_file(src, dst)
+    before = contents(dst)
+    with pytest.raises(CheckpointError, match="Choose another destination"):
+        quantize_checkpoint(src / "model.safetensors", dst, overwrite=True)
     assert contents(dst) == before and not staging.unfinished_folder(dst).exists()
 
 
