@@ -59,7 +59,9 @@ def ask(config: dict[str, Any], names: tuple[str, ...]) -> tuple[KnownModel | No
                 return found, ""
             if found is not None:
                 reasons.append(f"{plugin} returned {type(found).__name__}, not a KnownModel")
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as a panic of a library in Rust
             reasons.append(f"{plugin}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return None, "; ".join(reasons) or "its config.json names no class that a plugin knows"
 

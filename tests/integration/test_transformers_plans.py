@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import fourbit
-from fourbit.checkpoint import Checkpoint
+from fourbit.checkpoint import Checkpoint, CheckpointError
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from tests.support import installed, skip_or_fail
 
 try:
     import transformers
 
-    from tests.integration.transformers_models import FUSED_EXPERTS, MODELS, SMALL, make
+    from tests.integration.transformers_models import FUSED_EXPERTS, MODELS, OF_OTHER_LAYERS, SMALL, make
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-LOADABLE = [name for name in MODELS if name not in FUSED_EXPERTS]
+LOADABLE = [name for name in MODELS if name not in (*FUSED_EXPERTS, *OF_OTHER_LAYERS)]
 NOTHING_TO_QUANTIZE = ("falcon", "gpt2")  # FalconLinear and Conv1D
 
 
@@ -106,6 +106,13 @@ def test_loads_with_bitsandbytes(name, folders, tmp_path):
     bitsandbytes()
     report = quantize_checkpoint(folder, tmp_path / "small", fourbit.QuantConfig(blocksize=64))
     check_loaded(load(type(model), tmp_path / "small"), model, tmp_path / "small", report.plan)
+
+
+@pytest.mark.parametrize("name", OF_OTHER_LAYERS)
+def test_of_other_layers_nothing_is_written(name, folders, tmp_path):
+    with pytest.raises(CheckpointError, match="no tensor is quantized"):
+        quantize_checkpoint(folders(name)[1], tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 @pytest.mark.parametrize("name", FUSED_EXPERTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
@@ -115,6 +116,56 @@ def test_a_plugin_that_does_not_answer_leaves_names_and_its_reason(monkeypatch, 
     planned = fourbit.plan(folder)
     assert planned.described_by == reason and reason in planned.summary()
     assert {t.rule for t in planned.tensors if t.module == "x_embedder"} >= {"embedding"}
+
+
+WORKS = """
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from torch import nn
+from fourbit.hookspecs import hookimpl
+from fourbit.plans import known
+
+@hookimpl
+def fourbit_describe_model(config, names):
+    with known.without_weights(names):
+        model = nn.Sequential(nn.Linear(64, 64))
+    return known.KnownModel(model, {name: known.Target((name,)) for name in names}, "a plugin's Sequential")
+"""
+PANICS = """
+from fourbit.hookspecs import hookimpl
+
+class PanicException(BaseException): pass
+
+@hookimpl
+def fourbit_describe_model(config, names):
+    raise PanicException("called `unwrap` on a `None` value")
+"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "described_by"),
+    (
+        ({"a": PANICS, "b": WORKS}, "a plugin's Sequential"),
+        ({"a": PANICS}, "names (a: PanicException: called `unwrap` on a `None` value)"),
+        (
+            {"a": "import nothing_of_that_name"},
+            "names (a: ModuleNotFoundError: No module named 'nothing_of_that_name')",
+        ),
+    ),
+)
+def test_plugins_come_through_entry_points(monkeypatch, tmp_path, modules, described_by):
+    found = []
+    for name, source in modules.items():
+        (tmp_path / f"models_{tmp_path.name}_{name}.py").write_text(source)
+        found.append(EntryPoint(name, f"models_{tmp_path.name}_{name}", known.GROUP))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group))
+    known._plugins.cache_clear()
+    try:
+        folder = folder_of(nn.Sequential(nn.Linear(64, 64)), tmp_path / "f")
+        assert fourbit.plan(folder).described_by == described_by
+    finally:
+        known._plugins.cache_clear()
 
 
 def test_a_model_of_absurd_size_is_not_built():
