@@ -48,7 +48,10 @@ def test_load_with_an_odd_type(folder, kind):
 @pytest.mark.parametrize("names", (["Trainer"], ["pipeline"], ["logging"], [3], [["LlamaModel"]]))
 def test_load_takes_nothing_but_a_model_for_one(folder, names):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": names}))
-    with pytest.raises(ValueError, match="names no architecture that transformers has"):
+    # what is no list of words some versions of transformers refuse before us, with an error of their own
+    with pytest.raises(
+        Exception, match=r"names no architecture that transformers has|Validation error for .*architectures"
+    ):
         load(folder)
 
 

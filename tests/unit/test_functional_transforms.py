@@ -58,6 +58,15 @@ def test_functional_call_with_every_tensor_of_the_module():
     torch.testing.assert_close(run(x), plain(x))
 
 
+def _vmap_views_other_dtypes() -> bool:
+    try:
+        func.vmap(lambda bits: bits.view(torch.float32))(torch.zeros(2, 3, dtype=torch.int32))
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _vmap_views_other_dtypes(), reason="this torch cannot vmap view(dtype)")
 def test_an_ensemble_of_modules():
     """vmap over stacked weights: one call for each, the kernels take one weight at a time."""
     members = [modules()[0] for _ in range(3)]

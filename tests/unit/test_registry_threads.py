@@ -217,6 +217,10 @@ def at_every_place(action, check) -> int:
     raise AssertionError("it does not end")
 
 
+@pytest.mark.skipif(
+    sys.version_info < (3, 11),
+    reason="where sys.setprofile raises as a generator is resumed, 3.10 skips its finally; no signal is handled there",
+)
 def test_use_backend_interrupted_anywhere():
     usual = dispatch.resolve(dispatch.OpQuery("quantize_4bit", *KEY)).entry.name
 
