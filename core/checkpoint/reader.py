@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -81,6 +81,17 @@ class TensorInfo:
         return prod(self.shape)
 
 
+def _by_name(path: Path, found: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
+    """Tensors by their names. Raises CheckpointError for two of one name, of which the index lists neither."""
+    entries: dict[str, TensorInfo] = {}
+    for info in found:
+        other = entries.setdefault(info.name, info)
+        if other is not info:
+            both = f"{other.file.name} and in {info.file.name}"
+            raise CheckpointError(f"{path}: tensor {info.name!r} is in {both}, and the index lists neither")
+    return entries
+
+
 class Checkpoint:
     """A folder of safetensors (or one .safetensors or index file), opened by its headers only.
 
@@ -105,12 +116,7 @@ class Checkpoint:
         found = layout.find_files(self.path)
         self.files, self.index, self.stem, self._weight_map = found.files, found.index, found.stem, found.weight_map
         self.metadata: dict[str, str] = {}
-        self.entries: dict[str, TensorInfo] = {}
-        for info in (info for file in self.files for info in self._scan(file)):
-            other = self.entries.setdefault(info.name, info)
-            if other is not info:
-                both = f"{other.file.name} and in {info.file.name}"
-                raise CheckpointError(f"{self.path}: tensor {info.name!r} is in {both}, and the index lists neither")
+        self.entries = _by_name(self.path, (info for file in self.files for info in self._scan(file)))
         missing = next((n for n in self._weight_map or () if n not in self.entries), None)
         if missing is not None:
             assert self._weight_map is not None

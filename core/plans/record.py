@@ -110,7 +110,10 @@ class QuantPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all tensors afterwards, scales included; code tables (64 bytes a weight, 1,092 double-quantized) not."""
+        """Bytes of all tensors afterwards, scales included.
+
+        Not counted are code tables: 64 bytes a weight, and 1,028 more where it is double-quantized.
+        """
         return sum(t.bytes_after for t in self.tensors)
 
     @property

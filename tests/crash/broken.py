@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fourbit.checkpoint import build, destination, layout, output, snapshot, staging, verify, writer
+from fourbit.checkpoint import build, destination, layout, output, reader, snapshot, staging, verify, writer
 from fourbit.checkpoint.pipeline import Pipeline
 
 NEW = "crash/test_power_cut.py::test_a_new_folder"
@@ -16,6 +16,7 @@ RESUMED = "crash/test_power_cut.py::test_an_interrupted_run_keeps_what_it_noted"
 OVERWRITE = "unit/test_checkpoint_overwrite.py::"
 RENAMES = "unit/test_checkpoint_renames.py::"
 BELIEVED = "unit/test_checkpoint_believed.py::"
+FORMS = "unit/test_checkpoint_forms.py::"
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 FAULTS: dict[Fault, tuple[str, str]] = {}
@@ -172,3 +173,15 @@ def only_what_is_listed_is_verified(patch):
 def no_memory_bound(patch):
     """Reading runs ahead of writing as far as it can."""
     patch.setattr(Pipeline, "_admit", lambda self, nbytes: True)
+
+
+@found_by(FORMS + "test_a_name_twice_in_a_header", "DID NOT RAISE")
+def names_twice_in_a_header(patch):
+    """Of two tensors of one name in a header the last one counts."""
+    patch.setattr(layout, "unique_names", dict)
+
+
+@found_by(FORMS + "test_a_name_in_two_shards", "DID NOT RAISE")
+def names_in_two_shards(patch):
+    """Of two tensors of one name in two shards the last one counts."""
+    patch.setattr(reader, "_by_name", lambda path, found: {info.name: info for info in found})

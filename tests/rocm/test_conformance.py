@@ -18,7 +18,7 @@ from tests.gcn.backend import EmulatedBackend
 PARAMETERS = 6
 """Parameter sets of each test function that are run; the two architectures take different ones.
 
-FOURBIT_ALL_PARAMETERS=1 with --long runs them all, and those of TOO_LARGE, which takes some ten minutes for each architecture.
+FOURBIT_ALL_PARAMETERS=1 with --long runs them all, and those of TOO_LARGE, some ten minutes for each architecture.
 """
 
 TOO_LARGE = ("test_quantize.py::test_large", "test_linear.py::test_large", "test_blockwise.py::test_large")
