@@ -54,10 +54,11 @@ def quantize(
 ) -> None:
     """Write a 4-bit copy of the model folder SRC to DST.
 
-    The copy loads in fourbit and in transformers with bitsandbytes. Embeddings, norms, the output
-    head and routers stay as they are. Tensors are read and written one at a time, and DST appears only when
-    all of it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted,
-    even by a power cut, the same command with --resume continues it.
+    The copy has the layout of bitsandbytes: fourbit reads it, and transformers with bitsandbytes, but for experts that
+    transformers stacks. Embeddings, norms, output heads, routers and what the model keeps in float32 stay as they are;
+    --dry-run says which, by what rule. Tensors are read and written one at a time, and DST appears only when all of
+    it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted, even by a
+    power cut, the same command with --resume continues it.
 
     SRC may be a repository in the Hub's cache, or the Hub's name of a model that is in it; nothing is fetched. What
     others quantized, adapters, and models in which there is nothing to quantize are refused. Links out of SRC are
