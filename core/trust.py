@@ -1,7 +1,8 @@
 """Whether a folder can be trusted: nobody but this user and root can have put there what is in it.
 
 As ssh and sudo judge their files: the folder and every one above it belong to this user or to root, and no other
-user may write there, unless the folder's sticky bit keeps others from renaming what is not theirs (/tmp). Links on
+user may write there, unless the folder's sticky bit keeps others from renaming what is not theirs (/tmp). The group
+may where it is the user's own, with nobody else in it: many systems make folders so (umask 002). Links on
 the way are followed, each by the same rule; the folder itself may be none. Elsewhere than on POSIX systems nothing
 is checked: there the user's profile is private.
 """
@@ -51,11 +52,24 @@ def _check_owner(path: Path, info: os.stat_result) -> None:
 
 def _check_closed(path: Path, info: os.stat_result) -> None:
     mode = stat.S_IMODE(info.st_mode)
-    if mode & 0o022 and not mode & stat.S_ISVTX:
+    others = 0o002 if mode & 0o020 and _is_own_group(info.st_gid) else 0o022
+    if mode & others and not mode & stat.S_ISVTX:
         raise Untrusted(
             f"{path} can be written by other users (mode {mode:o}), who could put another folder in the place of one in"
             f" it; `chmod go-w {path}` ends that"
         )
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether a group is that of this user alone: of the same name, and without other members."""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
 def open_private(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,17 @@ def give_away(monkeypatch):
     return give
 
 
+def make_group(monkeypatch, name, members):
+    """Every group has that name and those members, and this user is "ada"."""
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: SimpleNamespace(pw_name="ada"))
+    monkeypatch.setattr("grp.getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=members))
+
+
+@pytest.fixture
+def group_of_several(monkeypatch):
+    make_group(monkeypatch, "staff", ["ada", "bob"])
+
+
 @pytest.fixture
 def cache(tmp_path):
     """With one entry, two folders below tmp_path."""
@@ -50,7 +62,7 @@ def mode(path):
 
 @pytest.mark.parametrize("above", ("parent", "grandparent"))
 @pytest.mark.parametrize("bits", (0o777, 0o775, 0o757, 0o722))
-def test_a_folder_above_that_others_may_write(cache, above, bits):
+def test_a_folder_above_that_others_may_write(cache, above, bits, group_of_several):
     """Whoever may write there may put another folder in the place of the cache. Looked at anew at each call."""
     folder = cache.folder.parent if above == "parent" else cache.folder.parents[1]
     assert get(cache) == b"planted"
@@ -61,6 +73,30 @@ def test_a_folder_above_that_others_may_write(cache, above, bits):
     assert mode(folder) == bits, "it is not the cache's to change"
     folder.chmod(0o755)
     assert get(cache) == b"planted"
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "code"),
+    (("ada", [], b"planted"), ("ada", ["ada"], b"planted"), ("ada", ["bob"], b"mine"), ("staff", ["ada"], b"mine")),
+)
+@pytest.mark.filterwarnings("ignore::fourbit.jit.CacheWarning")
+def test_the_users_own_group_may_write_above(cache, monkeypatch, name, members, code):
+    """With umask 002, as many systems have it, ~/.cache is such a folder."""
+    make_group(monkeypatch, name, members)
+    cache.folder.parent.chmod(0o775)
+    assert get(cache) == code
+    cache.folder.parent.chmod(0o777)
+    assert get(cache) == b"mine"
+
+
+def test_a_user_without_a_name_has_no_group_of_its_own(cache, monkeypatch):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    cache.folder.parent.chmod(0o775)
+    with pytest.warns(CacheWarning, match="can be written by other users"):
+        assert get(cache) == b"mine"
 
 
 def test_a_sticky_folder_above(cache):
