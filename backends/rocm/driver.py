@@ -77,7 +77,7 @@ class RocmKernel(Kernel):
         if len(args) != self.parameters:
             raise LaunchError(f"kernel {self.spec.label()} takes {self.parameters} parameters, got {len(args)}")
         (error,) = self._hip.hipModuleLaunchKernel(
-            *(self._function, *grid, threads, 1, 1, shared_bytes, _raw_stream(self._index), None),
+            *(self._function, *grid, threads, 1, 1, shared_bytes, self._launcher.stream(), None),
             extra=(pack(args),),
         )
         if int(error):
@@ -109,6 +109,10 @@ class RocmLauncher(Launcher):
         """Make the device current in this thread for the HIP runtime."""
         hip, _ = libraries.bindings()
         check(hip.hipSetDevice(self.props.index), f"device {self.props.index}")
+
+    def stream(self) -> int:
+        """The hipStream_t that kernels are launched on: torch's current one."""
+        return _raw_stream(self.props.index)
 
     def _load(self, spec: KernelSpec, shared_bytes: int) -> RocmKernel:
         hip, _ = libraries.bindings()

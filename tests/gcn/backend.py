@@ -58,6 +58,9 @@ class EmulatedLauncher(RocmLauncher):
         with tiers.serving(self.tier):
             return super()._load(spec, shared_bytes)
 
+    def stream(self) -> int:
+        return 0  # torch may be built for CUDA, whose streams cannot be had without a GPU
+
     def _is_capturing(self) -> bool:
         return False
 
