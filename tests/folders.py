@@ -70,3 +70,8 @@ def folder_of(model: torch.nn.Module, folder: Path, config: dict[str, object] | 
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config or {}))
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its relative name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

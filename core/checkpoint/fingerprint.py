@@ -27,16 +27,15 @@ def of_source(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises CheckpointError if a file cannot be read (any more).
     """
-    return {name: _of_file(file, name) for name, file in sorted(files(checkpoint).items())}
+    return {name: _of_file(file, name) for name, file in sorted(_files(checkpoint).items())}
 
 
-def files(checkpoint: Checkpoint) -> dict[str, Path]:
+def _files(checkpoint: Checkpoint) -> dict[str, Path]:
     """Every file of the source that is read, by name relative to the folder."""
-    whole = checkpoint.path.is_dir()
-    folder = checkpoint.path if whole else checkpoint.path.parent
+    folder = checkpoint.folder
     names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
     own = [layout.CONFIG_FILE]
-    if whole:
+    if folder == checkpoint.path:
         own += [] if checkpoint.index is None else [checkpoint.index.name]
         names |= {name: folder / name for name in others.find(checkpoint).carried}
     return names | {name: folder / name for name in own if layout.is_there(folder / name)}

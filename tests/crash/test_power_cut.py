@@ -15,15 +15,11 @@ from fourbit.checkpoint import CheckpointError, output, snapshot
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
 from tests.crash.power_cut import Disk, put
-from tests.folders import write_folder
+from tests.folders import contents, write_folder
 
 SHARD_BYTES = 3000
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders cannot be flushed there")
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def within(tree, folder):

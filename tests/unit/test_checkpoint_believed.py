@@ -11,13 +11,9 @@ import pytest
 from fourbit.checkpoint import CheckpointError, build, output, staging
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
-from tests.folders import QUANTIZED, write_folder
+from tests.folders import QUANTIZED, contents, write_folder
 
 SHARD_BYTES = 9000
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def run(src, dst, **options):

@@ -11,11 +11,7 @@ import fourbit
 from fourbit.checkpoint import CheckpointError, destination, staging
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
-from tests.folders import write_folder
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+from tests.folders import contents, write_folder
 
 
 @pytest.fixture

@@ -13,13 +13,9 @@ import fourbit
 from fourbit.checkpoint import CheckpointError, build, journal, output, staging, writer
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
-from tests.folders import sample_tensors, write_folder
+from tests.folders import contents, sample_tensors, write_folder
 
 SHARD_BYTES = 9000
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
