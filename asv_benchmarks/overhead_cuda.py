@@ -17,7 +17,7 @@ import torch
 from benchmarks.measure import microseconds
 
 import fourbit
-from fourbit.backends.cuda.driver import launcher
+from fourbit_cuda.driver import launcher
 
 SIZE = 256
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import Backend, OpQuery
-from fourbit.backends.cpu import native
 from fourbit.hookspecs import hookimpl
+from fourbit_cpu import native
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`Dtype` of src/kernels.h."""

@@ -18,7 +18,7 @@ def load() -> tuple[ModuleType | None, str]:
     one does not want another in silence.
     """
     try:
-        from fourbit.backends.cpu import _native
+        from fourbit_cpu import _native
     except ImportError as error:
         return (
             None,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
-from fourbit.backends.gpu.backend import GpuBackend
 from fourbit.hookspecs import hookimpl
+from fourbit_gpu.backend import GpuBackend
 
 if TYPE_CHECKING:
-    from fourbit.backends.gpu.launcher import Launcher
+    from fourbit_gpu.launcher import Launcher
 
 OLDEST_ARCH = 75
 """Compute capability times ten of the oldest GPUs served (Turing)."""
@@ -30,7 +30,7 @@ class CudaBackend(GpuBackend):
     device_types = ("cuda",)
 
     def unavailable(self) -> str | None:
-        from fourbit.backends.cuda.requirements import missing
+        from fourbit_cuda.requirements import missing
 
         return missing()
 
@@ -42,8 +42,8 @@ class CudaBackend(GpuBackend):
         return SUPPORTED
 
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
-        from fourbit.backends.cuda import compiler
-        from fourbit.backends.gpu import linear
+        from fourbit_cuda import compiler
+        from fourbit_gpu import linear
 
         if query.op in COMPOSITIONS and getattr(CudaBackend, query.op) is getattr(Backend, query.op):
             return f"composed: {COMPOSITIONS[query.op]}"
@@ -58,8 +58,8 @@ class CudaBackend(GpuBackend):
         return f"one kernel of its own ({how})"
 
     def _new_launcher(self, index: int) -> Launcher:
-        from fourbit.backends.cuda.driver import launcher
-        from fourbit.backends.gpu import linear
+        from fourbit_cuda.driver import launcher
+        from fourbit_gpu import linear
 
         self._linear = linear.linear
         return launcher(index)
@@ -102,7 +102,7 @@ class CudaBackend(GpuBackend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import linear
+        from fourbit_gpu import linear
 
         nested = (nested_absmax, nested_code, nested_offset)
         weight = (packed, absmax, code, blocksize, in_features)
@@ -122,7 +122,7 @@ class CudaBackend(GpuBackend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import linear
+        from fourbit_gpu import linear
 
         nested = (nested_absmax, nested_code, nested_offset)
         args: tuple[Any, ...] = (x, offsets, packed, absmax, code, blocksize, out_features, *nested)

@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from fourbit import jit
-from fourbit.backends.gpu.program import program
-from fourbit.backends.gpu.spec import KernelSpec
+from fourbit_gpu.program import program
+from fourbit_gpu.spec import KernelSpec
 
 OPTIONS = ("-std=c++17",)
 """Beside the arch and the spec's own. Contraction stays on: where bits matter the kernels use mul_rn and add_rn."""
@@ -46,7 +46,7 @@ class Target:
 @lru_cache(maxsize=1)
 def version() -> tuple[int, int]:
     """NVRTC's version. Raises RuntimeError if it cannot be loaded."""
-    from fourbit.backends.cuda import nvrtc_library
+    from fourbit_cuda import nvrtc_library
 
     return nvrtc_library.version()
 
@@ -54,7 +54,7 @@ def version() -> tuple[int, int]:
 @lru_cache(maxsize=1)
 def known_archs() -> tuple[int, ...]:
     """Compute capabilities times ten that this NVRTC compiles for, ascending."""
-    from fourbit.backends.cuda import nvrtc_library
+    from fourbit_cuda import nvrtc_library
 
     return nvrtc_library.known_archs()
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from fourbit.backends.cuda import compiler
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.launcher import Grid, Kernel, Launcher, LaunchError
-from fourbit.backends.gpu.spec import KernelSpec
+from fourbit_cuda import compiler
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
+from fourbit_gpu.spec import KernelSpec
 
 _CONFIG = "7I4xQQI4x"
 """CUlaunchConfig: grid x y z, block x y z, shared bytes, stream, attributes, their number."""

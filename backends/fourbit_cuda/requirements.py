@@ -42,7 +42,7 @@ def _no_device(extra: str) -> str:
 
 def _no_driver(extra: str) -> str | None:
     try:
-        from fourbit.backends.cuda.driver import driver_version
+        from fourbit_cuda.driver import driver_version
 
         version = driver_version()
     except ImportError as error:
@@ -55,8 +55,8 @@ def _no_driver(extra: str) -> str | None:
 
 
 def _no_nvrtc(extra: str) -> str | None:
-    from fourbit.backends.cuda import compiler
-    from fourbit.backends.cuda.driver import driver_version
+    from fourbit_cuda import compiler
+    from fourbit_cuda.driver import driver_version
 
     try:
         nvrtc = compiler.version()

@@ -11,14 +11,14 @@ from torch import Tensor
 from fourbit.backend import Backend
 
 if TYPE_CHECKING:
-    from fourbit.backends.gpu.launcher import Launcher
+    from fourbit_gpu.launcher import Launcher
 
 Optional = Tensor | None
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
 class GpuBackend(Backend):
-    """A backend whose kernels are in `backends/gpu/kernels`. Subclasses make the Launcher of a device."""
+    """A backend whose kernels are in `backends/fourbit_gpu/kernels`. Subclasses make the Launcher of a device."""
 
     priority = 5  # one that a user installed beside it is meant to be used
 
@@ -49,7 +49,7 @@ class GpuBackend(Backend):
     # ---- ops ------------------------------------------------------------------------------------------------
 
     def quantize_4bit(self, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
-        from fourbit.backends.gpu import elementwise
+        from fourbit_gpu import elementwise
 
         result: tuple[Tensor, Tensor] = self._run(elementwise.quantize, w.device, w, code, blocksize, signed_scale)
         return result
@@ -66,7 +66,7 @@ class GpuBackend(Backend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import elementwise
+        from fourbit_gpu import elementwise
 
         nested = (nested_absmax, nested_code, nested_offset)
         weight = (packed, absmax, code, blocksize)
@@ -87,7 +87,7 @@ class GpuBackend(Backend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.gpu import elementwise
+        from fourbit_gpu import elementwise
 
         nested = (nested_absmax, nested_code, nested_offset)
         weight = (packed, absmax, code, blocksize, num_embeddings, embedding_dim)
@@ -95,7 +95,7 @@ class GpuBackend(Backend):
         return result
 
     def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-        from fourbit.backends.gpu import elementwise
+        from fourbit_gpu import elementwise
 
         result: tuple[Tensor, Tensor] = self._run(elementwise.quantize_blockwise, x.device, x, code, blocksize)
         return result
@@ -103,7 +103,7 @@ class GpuBackend(Backend):
     def dequantize_blockwise(
         self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor:
-        from fourbit.backends.gpu import elementwise
+        from fourbit_gpu import elementwise
 
         args = (codes, absmax, code, blocksize, dtype)
         result: Tensor = self._run(elementwise.dequantize_blockwise, codes.device, *args)

@@ -13,8 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fourbit.backends.gpu.launcher import Launcher
-from fourbit.backends.gpu.spec import KernelSpec
+from fourbit_gpu.launcher import Launcher
+from fourbit_gpu.spec import KernelSpec
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """-DDTYPE: FB_F32, FB_BF16 and FB_F16 of shim.h."""

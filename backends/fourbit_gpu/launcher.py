@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.spec import KernelSpec
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.spec import KernelSpec
 
 Grid = tuple[int, int, int]
 
@@ -68,7 +68,7 @@ class Launcher(ABC):
         if self._is_capturing():
             raise RuntimeError(
                 f"kernel {spec.label()} is not loaded yet, and none can be loaded while a CUDA graph is captured:"
-                " run the same operation once before the capture, or call fourbit.backends.gpu.warmup.warmup(model)"
+                " run the same operation once before the capture, or call fourbit_gpu.warmup.warmup(model)"
             )
         with self._lock:
             found = self._kernels.get((spec, shared_bytes))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.backends.gpu import pieces, plan
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.elementwise import DTYPE_CODES
-from fourbit.backends.gpu.launcher import Launcher
+from fourbit_gpu import pieces, plan
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.elementwise import DTYPE_CODES
+from fourbit_gpu.launcher import Launcher
 
 Optional = Tensor | None
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fourbit.backends.gpu import elementwise, plan
-from fourbit.backends.gpu.launcher import Launcher
-from fourbit.backends.gpu.spec import KernelSpec
+from fourbit_gpu import elementwise, plan
+from fourbit_gpu.launcher import Launcher
+from fourbit_gpu.spec import KernelSpec
 
 Optional = Tensor | None
 Weight = tuple[Tensor, Tensor, Tensor, int, Optional, Optional, Optional]

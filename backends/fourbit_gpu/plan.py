@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.spec import KernelSpec
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.spec import KernelSpec
 
 MIN_ARCH = 80
 """From this compute capability on there are 16-byte asynchronous copies and bfloat16 products."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from fourbit.backends.gpu.spec import read_source
+from fourbit_gpu.spec import read_source
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 @cache
 def program(source: str) -> tuple[str, dict[str, str]]:
-    """`(text, headers)` of a file in `backends/gpu/kernels`; headers by the name in `#include "name"`.
+    """`(text, headers)` of a file in `backends/fourbit_gpu/kernels`; headers by the name in `#include "name"`.
 
     There are no others: the compilers' wheels bring no headers, so nothing is included with angle brackets.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNELS = Path(__file__).with_name("kernels")
-"""Folder of the kernel sources; `#include "shim.h"` there means `backends/gpu/shim.h`."""
+"""Folder of the kernel sources; `#include "shim.h"` there means `backends/fourbit_gpu/shim.h`."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class KernelSpec:
     """One variant of one kernel.
 
     Attributes:
-        source: file name in `backends/gpu/kernels`, such as "linear_mma.cu".
+        source: file name in `backends/fourbit_gpu/kernels`, such as "linear_mma.cu".
         name: the `extern "C"` name in it.
         defines: `(macro, value)` pairs, sorted by macro, each passed as -Dmacro=value.
         min_arch: smallest compute capability, times ten, that it compiles for (75, 80, ...).

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
-from fourbit.backends.gpu.backend import GpuBackend
 from fourbit.hookspecs import hookimpl
+from fourbit_gpu.backend import GpuBackend
 
 if TYPE_CHECKING:
-    from fourbit.backends.rocm.driver import RocmLauncher
+    from fourbit_rocm.driver import RocmLauncher
 
 Optional = Tensor | None
 
@@ -26,7 +26,7 @@ class RocmBackend(GpuBackend):
     device_types = ("cuda",)
 
     def unavailable(self) -> str | None:
-        from fourbit.backends.rocm.requirements import missing
+        from fourbit_rocm.requirements import missing
 
         return missing()
 
@@ -34,7 +34,7 @@ class RocmBackend(GpuBackend):
         return 128
 
     def supports(self, query: OpQuery) -> Support:
-        from fourbit.backends.rocm.targets import UnknownArchError, target
+        from fourbit_rocm.targets import UnknownArchError, target
 
         try:
             target(self._arch(query.device))
@@ -43,12 +43,12 @@ class RocmBackend(GpuBackend):
         return SUPPORTED
 
     def _arch(self, device: torch.device) -> str:
-        from fourbit.backends.rocm.targets import arch_of
+        from fourbit_rocm.targets import arch_of
 
         return arch_of(torch.cuda.get_device_properties(device).gcnArchName)
 
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
-        from fourbit.backends.rocm import compiler, linear
+        from fourbit_rocm import compiler, linear
 
         if query.op in COMPOSITIONS and getattr(type(self), query.op) is getattr(Backend, query.op):
             return f"composed: {COMPOSITIONS[query.op]}"
@@ -59,7 +59,7 @@ class RocmBackend(GpuBackend):
         return f"one kernel of its own ({how})"
 
     def _new_launcher(self, index: int) -> RocmLauncher:
-        from fourbit.backends.rocm.driver import launcher
+        from fourbit_rocm.driver import launcher
 
         return launcher(index)
 
@@ -76,7 +76,7 @@ class RocmBackend(GpuBackend):
         nested_offset: Optional = None,
         bias: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.rocm import linear
+        from fourbit_rocm import linear
 
         weight = linear.Weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
         result: Tensor = self._run(linear.linear, x.device, x, weight, out_features, bias)
@@ -94,7 +94,7 @@ class RocmBackend(GpuBackend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit.backends.rocm import linear
+        from fourbit_rocm import linear
 
         weight = linear.Weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
         result: Tensor = self._run(linear.linear_grad, grad.device, grad, weight, in_features)

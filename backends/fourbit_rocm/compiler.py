@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fourbit import jit
-from fourbit.backends.gpu.program import program
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import codeobject, libraries
-from fourbit.backends.rocm.targets import Target, check_compiler
+from fourbit_gpu.program import program
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import codeobject, libraries
+from fourbit_rocm.targets import Target, check_compiler
 
 OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=on")
 """Beside the arch and the spec's own. Contraction in one expression only, never of mul_rn and add_rn of shim.h."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.launcher import Grid, Kernel, Launcher, LaunchError
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import compiler, libraries
-from fourbit.backends.rocm.targets import SIMDS, Target, arch_of, target
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import compiler, libraries
+from fourbit_rocm.targets import SIMDS, Target, arch_of, target
 
 # Under ROCm too torch's names say "cuda": the result is a hipStream_t.
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import OpQuery
-from fourbit.backends.gpu import elementwise, pieces
-from fourbit.backends.gpu.elementwise import DTYPE_CODES
-from fourbit.backends.gpu.launcher import Launcher
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm.targets import TARGETS
+from fourbit_gpu import elementwise, pieces
+from fourbit_gpu.elementwise import DTYPE_CODES
+from fourbit_gpu.launcher import Launcher
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm.targets import TARGETS
 
 FUSED_ROWS = 16
 """Rows of x up to which the weight is decoded inside the product."""

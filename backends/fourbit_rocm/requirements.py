@@ -18,7 +18,7 @@ def missing() -> str | None:
 
 
 def _no_bindings() -> str | None:
-    from fourbit.backends.rocm import libraries
+    from fourbit_rocm import libraries
 
     try:
         libraries.hip_version()
@@ -30,7 +30,7 @@ def _no_bindings() -> str | None:
 
 
 def _no_known_device() -> str | None:
-    from fourbit.backends.rocm import libraries, targets
+    from fourbit_rocm import libraries, targets
 
     reasons = []
     for index in range(torch.cuda.device_count()):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourbit.backends.rocm.codeobject import KernelInfo
+from fourbit_rocm.codeobject import KernelInfo
 
 SIMDS = 4
 """SIMDs of a unit: of a CDNA compute unit, and of an RDNA workgroup processor, two in each of its compute units."""

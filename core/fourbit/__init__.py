@@ -10,9 +10,6 @@ Importing it imports no backend, touches no GPU and reads no plugin; that happen
 
 from __future__ import annotations
 
-if __name__ != "fourbit":
-    raise ImportError("this folder is the package 'fourbit': install it (pip install -e .) and `import fourbit`")
-
 from typing import TYPE_CHECKING, Any
 
 from fourbit.config import QuantConfig

@@ -172,7 +172,7 @@ def _entry_points() -> list[EntryPoint]:
     from importlib.metadata import entry_points
 
     def builtin_first(ep: EntryPoint) -> tuple[bool, str, str]:
-        return (not str(ep.value).startswith("fourbit."), ep.name, str(ep.value))
+        return (not _is_own(ep), ep.name, str(ep.value))
 
     found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=builtin_first)
     allowed = _allowed_names()
@@ -192,6 +192,14 @@ def _entry_points() -> list[EntryPoint]:
 def _allowed_names() -> list[str] | None:
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     return list(dict.fromkeys(names)) or None
+
+
+def _is_own(ep: EntryPoint) -> bool:
+    """Whether an entry point is of fourbit's own distribution."""
+    try:
+        return isolation.call("its metadata", lambda: ep.dist is not None and ep.dist.name == "fourbit")
+    except Fault:
+        return False
 
 
 def _source(ep: EntryPoint) -> str:

@@ -1,5 +1,5 @@
-"""transformers: load a 4-bit folder into a model. `fourbit.plugins.transformers.load(folder)`."""
+"""transformers: load a 4-bit folder into a model. `fourbit_transformers.load(folder)`."""
 
-from fourbit.plugins.transformers.loading import load
+from fourbit_transformers.loading import load
 
 __all__ = ["load"]

@@ -14,8 +14,8 @@ from fourbit.checkpoint.reader import Checkpoint
 from fourbit.config import as_compute_dtype
 from fourbit.nn import Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
 from fourbit.nn.quantize import loop_over_experts
-from fourbit.plugins.transformers import experts
 from fourbit.state import QuantState
+from fourbit_transformers import experts
 
 
 def load(

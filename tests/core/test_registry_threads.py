@@ -13,7 +13,7 @@ import torch
 import fourbit
 from fourbit import dispatch, isolation, registry
 from fourbit.backend import Support
-from tests.unit.test_registry import W, info_of, make, no_trace_left  # noqa: F401
+from tests.core.test_registry import W, info_of, make, no_trace_left  # noqa: F401
 
 KEY = (torch.device("cpu"), torch.float32, 64, False)
 

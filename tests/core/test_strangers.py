@@ -11,7 +11,7 @@ import fourbit
 from fourbit import dispatch, registry
 from fourbit.backend import Backend, OpQuery, Support
 from fourbit.cli.backends import backends as list_backends
-from tests.unit.test_registry import QUERY, W, info_of, make, no_trace_left, raising  # noqa: F401
+from tests.core.test_registry import QUERY, W, info_of, make, no_trace_left, raising  # noqa: F401
 
 
 class Panic(BaseException):

@@ -11,7 +11,7 @@ import fourbit
 from fourbit import dispatch, registry
 from fourbit.backend import Backend
 from fourbit.reference import ReferenceBackend
-from tests.unit.test_registry import W, make, no_trace_left  # noqa: F401
+from tests.core.test_registry import W, make, no_trace_left  # noqa: F401
 
 
 def used() -> set[str]:

@@ -40,7 +40,7 @@ def restore_threads():
 
 def instruction_sets() -> list[str]:
     try:
-        from fourbit.backends.cpu import _native
+        from fourbit_cpu import _native
     except ImportError:
         return []
     return _native.instruction_sets()
@@ -103,7 +103,7 @@ def test_forced_instruction_set_that_is_not_there(isa):
 
 def test_without_the_compiled_module():
     """As after an installation without a compiler: the reference serves, and everything says why."""
-    info, same, backend, text = report('sys.modules["fourbit.backends.cpu._native"] = None')
+    info, same, backend, text = report('sys.modules["fourbit_cpu._native"] = None')
     assert info["cpu"][0] == "unavailable" and "compiler" in info["cpu"][1]
     assert same and backend == "reference"
     assert "cpu" in text and "compiler" in text
@@ -112,7 +112,7 @@ def test_without_the_compiled_module():
 def test_command_line_without_the_compiled_module():
     program = """
 import sys
-sys.modules["fourbit.backends.cpu._native"] = None
+sys.modules["fourbit_cpu._native"] = None
 sys.argv = ["fourbit", "backends", "--json"]
 from fourbit.cli import main
 main()

@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from fourbit.backends.cuda import CudaBackend, requirements
+import fourbit_cuda
+from fourbit_cuda import CudaBackend, requirements
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with a torch for CUDA 12.8 and a GPU, whatever this one has; the caller takes something away."""
-    from fourbit.backends.cuda import compiler, driver
+    from fourbit_cuda import compiler, driver
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -57,7 +58,7 @@ def test_no_driver(machine):
 def test_no_cuda_python(machine):
     for name in [name for name in sys.modules if name.startswith("cuda.bindings")]:
         machine.setitem(sys.modules, name, None)
-    from fourbit.backends.cuda import driver
+    from fourbit_cuda import driver
 
     def absent():
         raise ImportError("No module named 'cuda.bindings'")
@@ -68,7 +69,7 @@ def test_no_cuda_python(machine):
 
 
 def test_no_nvrtc(machine):
-    from fourbit.backends.cuda import compiler
+    from fourbit_cuda import compiler
 
     def absent():
         raise RuntimeError("Failed to load libnvrtc.so.12")
@@ -81,7 +82,7 @@ def test_no_nvrtc(machine):
 @pytest.mark.parametrize(("nvrtc", "fits"), (((12, 4), True), ((12, 9), True), ((13, 0), False)))
 def test_driver_older_than_nvrtc(machine, nvrtc, fits):
     """Machine code runs on an older driver of the same CUDA major, and on none of an older major."""
-    from fourbit.backends.cuda import compiler
+    from fourbit_cuda import compiler
 
     machine.setattr(compiler, "version", lambda: nvrtc)
     text = requirements.missing()
@@ -91,16 +92,15 @@ def test_driver_older_than_nvrtc(machine, nvrtc, fits):
 
 
 def test_a_driver_that_is_too_old(machine):
-    from fourbit.backends.cuda import driver
+    from fourbit_cuda import driver
 
     machine.setattr(driver, "driver_version", lambda: (11, 8))
     assert requirements.missing() == "the NVIDIA driver supports only CUDA 11.8, and 12 is needed: update it"
 
 
 def test_listed_and_never_in_the_way():
-    """Ready or with its reason; `fourbit.backends()` still works once the package of that name is imported."""
+    """Ready or with its reason."""
     import fourbit
-    import fourbit.backends.cuda
 
     (info,) = [info for info in fourbit.backends() if info.name == "cuda"]
     assert info.state in ("ready", "unavailable")
@@ -109,11 +109,10 @@ def test_listed_and_never_in_the_way():
 
 def test_unavailable_under_rocm(monkeypatch):
     """ROCm's torch calls its devices "cuda" too: listed with the reason, and never asked."""
-    from fourbit.backends import cuda
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.version, "cuda", None)
     registered = []
-    cuda.fourbit_register_backends(registered.append)
+    fourbit_cuda.fourbit_register_backends(registered.append)
     (backend,) = registered
     assert "is built without CUDA" in backend.unavailable()

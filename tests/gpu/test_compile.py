@@ -7,13 +7,13 @@ from functools import cache
 import pytest
 import torch
 
-from fourbit.backends.gpu import elementwise, plan
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.pieces import slice_spec
-from fourbit.backends.gpu.program import program
-from fourbit.backends.gpu.spec import KERNELS, KernelSpec
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES
-from tests import cubin
+from fourbit_gpu import elementwise, plan
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.pieces import slice_spec
+from fourbit_gpu.program import program
+from fourbit_gpu.spec import KERNELS, KernelSpec
+from tests.gpu import cubin
 from tests.support import skip_or_fail
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -25,7 +25,7 @@ RESERVED = 1 << 10  # what sm_90 and newer keep of every block's shared memory
 @pytest.fixture(scope="session", autouse=True)
 def compiler():
     """The compiler module, with an NVRTC that can be loaded."""
-    from fourbit.backends.cuda import compiler
+    from fourbit_cuda import compiler
 
     try:
         compiler.version()
@@ -70,7 +70,7 @@ def linear_specs(arch: int) -> list[KernelSpec]:
 @cache
 def build(spec: KernelSpec, arch: int) -> cubin.Usage:
     """Compile, without the cache on disk, and read the result; one compilation for both kernels of a source."""
-    from fourbit.backends.cuda import compiler
+    from fourbit_cuda import compiler
 
     text, headers = program(spec.source)
     options = compiler.options_for(spec, compiler.target(arch, spec.arch_specific))
@@ -81,7 +81,7 @@ def build(spec: KernelSpec, arch: int) -> cubin.Usage:
 
 @cache
 def _compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
-    from fourbit.backends.cuda import compiler
+    from fourbit_cuda import compiler
 
     code = compiler.compile_source(KernelSpec(source, source), *program(source), options, False)
     assert cubin.arch(code) == arch

@@ -232,8 +232,8 @@ assert cached("kernel", build) == b"x" * 100_000
 
 REAL = """
 import sys
-from fourbit.backends.cuda import compiler
-from fourbit.backends.gpu.elementwise import dequantize_spec
+from fourbit_cuda import compiler
+from fourbit_gpu.elementwise import dequantize_spec
 import torch
 build = compiler.compile_source
 def counted(*args):
@@ -251,7 +251,7 @@ assert code.startswith(b"\\x7fELF"), code[:8]
 def test_sixteen_processes_with_a_cold_cache(program, tmp_path):
     if program is REAL:
         try:
-            from fourbit.backends.cuda import compiler
+            from fourbit_cuda import compiler
 
             compiler.version()
         except Exception as error:

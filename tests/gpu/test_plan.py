@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fourbit.backends.gpu import plan
-from fourbit.backends.gpu.device import DeviceProps
+from fourbit_gpu import plan
+from fourbit_gpu.device import DeviceProps
 
 KB = 1 << 10
 

@@ -15,7 +15,9 @@ import pytest
 from tests.support import installed, skip_or_fail
 
 ROOT = Path(__file__).parents[2]
-NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "env", "results", "html", "__pycache__", "*.egg-info")
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "build", "dist", "env", "results", "html", "__pycache__", "*.egg-info", "*.so"
+)
 
 PROGRAM = """
 import json, sys

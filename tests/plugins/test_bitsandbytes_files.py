@@ -126,7 +126,7 @@ def test_transformers_with_bitsandbytes_loads_ours(tmp_path, double_quant):
         from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         skip_or_fail(f"{error}: loading with transformers and bitsandbytes is not tried")
-    from fourbit.plugins.transformers import load
+    from fourbit_transformers import load
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 200}

@@ -14,7 +14,7 @@ if not installed("transformers"):
     skip_or_fail("transformers is not installed")
 
 from fourbit.cli import evaluate
-from fourbit.plugins.transformers import load
+from fourbit_transformers import load
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_sentence_embeddings_stay_close(encoder, name):
 
 def test_through_a_folder_and_back(encoder, tmp_path):
     from fourbit.checkpoint.quantize import quantize_checkpoint
-    from fourbit.plugins.transformers import load
+    from fourbit_transformers import load
 
     folder, encode = encoder
     report = quantize_checkpoint(folder, tmp_path / "small", fourbit.QuantConfig(double_quant=True))

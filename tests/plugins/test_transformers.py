@@ -100,7 +100,7 @@ def test_generates(kind):
 @torch.no_grad()
 def test_through_a_folder(kind, double_quant, tmp_path):
     from fourbit.checkpoint.quantize import quantize_checkpoint
-    from fourbit.plugins.transformers import load
+    from fourbit_transformers import load
 
     MODELS[kind]().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
@@ -120,7 +120,7 @@ def test_through_a_folder(kind, double_quant, tmp_path):
 
 
 def test_a_plain_folder_loads_too(tmp_path):
-    from fourbit.plugins.transformers import load
+    from fourbit_transformers import load
 
     plain = llama()
     plain.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_a_plain_folder_loads_too(tmp_path):
 def test_a_folder_that_does_not_fit_the_model_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from fourbit.plugins.transformers import load
+    from fourbit_transformers import load
 
     llama().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -19,7 +19,7 @@ from tests.support import installed, skip_or_fail
 try:
     import transformers
 
-    from tests.integration.transformers_models import FUSED_EXPERTS, MODELS, OF_OTHER_LAYERS, SMALL, make
+    from tests.plugins.transformers_models import FUSED_EXPERTS, MODELS, OF_OTHER_LAYERS, SMALL, make
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -230,7 +230,7 @@ def test_a_folder_runs_no_code_and_fetches_nothing(folders, tmp_path, monkeypatc
 
 def test_what_is_asked_is_the_shape_of_the_model_alone():
     """At any depth: a part of a model may have a config of its own."""
-    from fourbit.plugins.transformers.description import _cleaned
+    from fourbit_transformers.description import _cleaned
 
     part = {
         **{"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "a/b", "quantization_config": {}},

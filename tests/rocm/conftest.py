@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from tests.gcn import tiers
-from tests.gcn.backend import EmulatedBackend, emulator
-from tests.gcn.disassembly import OLDEST_ENOUGH, objdump
+from tests.rocm.gcn import tiers
+from tests.rocm.gcn.backend import EmulatedBackend, emulator
+from tests.rocm.gcn.disassembly import OLDEST_ENOUGH, objdump
 from tests.support import installed, skip_or_fail
 
 

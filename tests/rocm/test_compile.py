@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fourbit.backends.rocm import compiler, linear
-from fourbit.backends.rocm.codeobject import parse
-from fourbit.backends.rocm.targets import target
-from tests.gcn import tiers
-from tests.gcn.disassembly import disassemble
+from fourbit_rocm import compiler, linear
+from fourbit_rocm.codeobject import parse
+from fourbit_rocm.targets import target
+from tests.rocm.gcn import tiers
+from tests.rocm.gcn.disassembly import disassemble
 from tests.rocm.variants import DTYPES, specs
 
 LDS_BYTES = 65536

@@ -13,7 +13,7 @@ import torch
 
 import fourbit.testing
 from fourbit import registry
-from tests.gcn.backend import EmulatedBackend
+from tests.rocm.gcn.backend import EmulatedBackend
 
 PARAMETERS = 6
 """Parameter sets of each test function that are run; the two architectures take different ones.

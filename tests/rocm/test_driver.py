@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 from types import SimpleNamespace
 
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import compiler, driver, libraries
-from fourbit.backends.rocm.targets import target
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import compiler, driver, libraries
+from fourbit_rocm.targets import target
 
 
 class Image(bytes):

@@ -9,7 +9,7 @@ from fourbit import reference
 from fourbit.codebooks import dynamic_map
 from fourbit.testing.inputs import CODEBOOKS, PLAIN, beside_thresholds, non_finite, normal
 from fourbit.testing.oracle import assert_product, assert_same_bits, make_weight, nested_scales
-from tests.gcn import tiers
+from tests.rocm.gcn import tiers
 
 REFERENCE = reference.backend
 BOTH_WAVES = ("gfx90a", "gfx1030")

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fourbit_rocm
 from fourbit import registry
 from fourbit.backend import OpQuery
-from fourbit.backends import rocm
-from fourbit.backends.rocm import codeobject, libraries, linear, requirements, targets
+from fourbit_rocm import codeobject, libraries, linear, requirements, targets
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_listed_everywhere_and_ready_under_rocm(monkeypatch):
         assert info.state == "unavailable" and "built without ROCm" in info.reason
     found = []
     as_rocm(monkeypatch)
-    rocm.fourbit_register_backends(found.append)
+    fourbit_rocm.fourbit_register_backends(found.append)
     (backend,) = found
     assert backend.name == "rocm"
     assert backend.default_blocksize(torch.device("cuda", 0)) == 128 and backend.device_types == ("cuda",)
@@ -164,7 +164,7 @@ def test_listed_everywhere_and_ready_under_rocm(monkeypatch):
 def test_supports_names_the_architecture(monkeypatch):
     as_rocm(monkeypatch, arch="gfx803")
     query = OpQuery("linear_4bit", torch.device("cuda", 0), torch.bfloat16, 128)
-    answer = rocm.RocmBackend().supports(query)
+    answer = fourbit_rocm.RocmBackend().supports(query)
     assert not answer and "gfx803" in answer.reason
 
 

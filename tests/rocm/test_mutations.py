@@ -9,10 +9,10 @@ from functools import cache
 import pytest
 import torch
 
-from fourbit.backends.rocm import compiler
 from fourbit.codebooks import dynamic_map
 from fourbit.testing.oracle import make_weight
-from tests.gcn.errors import EmulatorError, MemoryFault, RaceError, UninitializedRead
+from fourbit_rocm import compiler
+from tests.rocm.gcn.errors import EmulatorError, MemoryFault, RaceError, UninitializedRead
 from tests.rocm.test_kernels import CODEBOOKS, REFERENCE, assert_quantizes, assert_same_bits, check_linear, values
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fourbit.backends.gpu import elementwise, pieces
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import linear
-from fourbit.backends.rocm.targets import Target
+from fourbit_gpu import elementwise, pieces
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import linear
+from fourbit_rocm.targets import Target
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -22,7 +22,7 @@ struct Weight {
   const float* nested_offset;  // 1
 };
 
-// What each function does is said in core/backend.py; here only how the arguments are laid out. All sizes have
+// What each function does is said in core/fourbit/backend.py; here only how the arguments are laid out. All sizes have
 // been checked. Pointers have the alignment of their type and no more. Each computes in the default floating-point
 // environment (float_environment.h). The linear ones return 0, or how many bytes of scratch memory the system did not
 // have: `out` is then unfinished.

@@ -1,5 +1,5 @@
-// fourbit.backends.cpu._native: the kernels for Python, in the stable ABI. Every argument is an integer
-// (an address, a size, a number of Dtype): nothing is checked here, `fourbit.backends.cpu` is the only caller.
+// fourbit_cpu._native: the kernels for Python, in the stable ABI. Every argument is an integer
+// (an address, a size, a number of Dtype): nothing is checked here, `fourbit_cpu` is the only caller.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 

@@ -1,4 +1,4 @@
-// The nearest entry of a codebook, as `thresholds` in core/codebooks.py defines it.
+// The nearest entry of a codebook, as `thresholds` in core/fourbit/codebooks.py defines it.
 #pragma once
 
 #include <cstdint>

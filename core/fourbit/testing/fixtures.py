@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from fourbit_pytest import SUITE, USAGE
 
 from fourbit import dispatch, registry
 from fourbit.backend import Backend, OpQuery
+from fourbit_pytest import SUITE, USAGE
 
 Need = Callable[..., None]
 

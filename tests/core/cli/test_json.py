@@ -1,4 +1,4 @@
-"""The keys of every command's --json, as core/cli/README.md lists them: a key that goes is a break for scripts."""
+"""The keys of every command's --json, as its README.md lists them: a key that goes is a break for scripts."""
 
 from __future__ import annotations
 

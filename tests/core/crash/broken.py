@@ -13,10 +13,10 @@ from fourbit.checkpoint.pipeline import Pipeline
 
 NEW = "crash/test_power_cut.py::test_a_new_folder"
 RESUMED = "crash/test_power_cut.py::test_an_interrupted_run_keeps_what_it_noted"
-OVERWRITE = "unit/test_checkpoint_overwrite.py::"
-RENAMES = "unit/test_checkpoint_renames.py::"
-BELIEVED = "unit/test_checkpoint_believed.py::"
-FORMS = "unit/test_checkpoint_forms.py::"
+OVERWRITE = "checkpoint/test_overwrite.py::"
+RENAMES = "checkpoint/test_renames.py::"
+BELIEVED = "checkpoint/test_believed.py::"
+FORMS = "checkpoint/test_forms.py::"
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 FAULTS: dict[Fault, tuple[str, str]] = {}
@@ -154,22 +154,20 @@ def size_and_time_are_trusted(patch):
     patch.setattr(build, "_compare", lambda job, hashes: None)
 
 
-@found_by("unit/test_checkpoint_names.py::test_names_that_were_once_temporary", "config.json.tmp")
+@found_by("checkpoint/test_names.py::test_names_that_were_once_temporary", "config.json.tmp")
 def temporary_names_collide(patch):
     """A temporary file has a name that the source may have."""
     for module in (writer, output):
         patch.setattr(module, "temporary", lambda path: path.with_name(path.name + ".tmp"))
 
 
-@found_by(
-    "unit/test_checkpoint_verify.py::test_planted_files_that_a_loader_reads_are_faults[modeling_own.py]", "0 == 1"
-)
+@found_by("checkpoint/test_verify.py::test_planted_files_that_a_loader_reads_are_faults[modeling_own.py]", "0 == 1")
 def only_what_is_listed_is_verified(patch):
     """A folder with other files than the manifest's passes for what was written."""
     patch.setattr(verify, "unknown_files", lambda *_: ([], []))
 
 
-@found_by("unit/test_checkpoint_pipeline.py::test_bytes_in_memory_are_bounded", "20 == 3")
+@found_by("checkpoint/test_pipeline.py::test_bytes_in_memory_are_bounded", "20 == 3")
 def no_memory_bound(patch):
     """Reading runs ahead of writing as far as it can."""
     patch.setattr(Pipeline, "_admit", lambda self, nbytes: True)

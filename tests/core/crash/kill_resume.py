@@ -1,6 +1,6 @@
 """Kills `quantize` with SIGKILL at random moments, resumes it, and compares every byte. Runs alone, too:
 
-    python tests/crash/kill_resume.py --points 50
+    python tests/core/crash/kill_resume.py --points 50
 
 A warm process is forked for each run, so that a kill costs milliseconds and not the start of torch; the last few
 kills go to the real command. POSIX only.

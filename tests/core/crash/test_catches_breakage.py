@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash import broken
+from tests.core.crash import broken
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders cannot be flushed there")
 

@@ -14,7 +14,7 @@ import fourbit
 from fourbit.checkpoint import CheckpointError, output, snapshot
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
-from tests.crash.power_cut import Disk, put
+from tests.core.crash.power_cut import Disk, put
 from tests.folders import contents, write_folder
 
 SHARD_BYTES = 3000

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from math import prod
 
-from tests.fuzz.material import (
+from tests.core.fuzz.material import (
     DTYPES,
     HUGE,
     STEM,

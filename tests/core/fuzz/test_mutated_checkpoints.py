@@ -31,7 +31,7 @@ from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.inspect import inspect_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
-from tests.fuzz import guards, material, mutations, oracle
+from tests.core.fuzz import guards, material, mutations, oracle
 
 MANY = int(os.environ.get("FOURBIT_FUZZ_CASES", "20700"))
 SECONDS = float(os.environ.get("FOURBIT_FUZZ_SECONDS", "0"))

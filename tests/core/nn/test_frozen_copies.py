@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fourbit.nn import Linear4bit
-from tests.frozen_model import DOUBLE_QUANT, Adapted, assert_guarded, assert_same, values
+from tests.core.nn.frozen_model import DOUBLE_QUANT, Adapted, assert_guarded, assert_same, values
 from tests.support import installed, skip_or_fail
 
 

@@ -11,7 +11,7 @@ from torch.optim import swa_utils
 from torch.utils._pytree import tree_leaves
 
 from fourbit.nn.frozen import CHUNK, frozen
-from tests.frozen_model import DOUBLE_QUANT, Adapted, assert_same, storage, values
+from tests.core.nn.frozen_model import DOUBLE_QUANT, Adapted, assert_same, storage, values
 
 # ---- averages of models -----------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 import fourbit
 from tests.support import skip_or_fail, skip_without_device
 
-BUILT_IN = sorted(ep.name for ep in entry_points(group="fourbit.backends") if ep.value.startswith("fourbit."))
+BUILT_IN = sorted(ep.name for ep in entry_points(group="fourbit.backends") if ep.dist.name == "fourbit")
 
 
 def run_suite(*arguments: str, cwd: str) -> subprocess.CompletedProcess[str]:

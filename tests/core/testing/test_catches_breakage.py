@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fourbit import registry
-from tests.conformance import broken
+from tests.core.testing import broken
 
 
 @dataclass(eq=False)

@@ -47,8 +47,8 @@ def test_what_a_backend_says_of_itself_has_a_conformance_case():
 
 
 def test_every_hook_has_a_plugin_that_works_and_one_that_fails():
-    from tests.unit import test_plan_known as models
-    from tests.unit import test_registry_plugins as plugins
+    from tests.core import test_registry_plugins as plugins
+    from tests.core.plans import test_plan_known as models
 
     broken = "".join(source for source, _, _ in plugins.BROKEN.values()) + models.PANICS
     whole = inspect.getsource(plugins)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fourbit.backend import Backend
-from tests.native.client import Server
+from tests.cpu.native.client import Server
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`Dtype` of kernels.h."""
@@ -17,7 +17,7 @@ def weight(packed, absmax, code, blocksize, nested_absmax=None, nested_code=None
 
 
 class NativeServerBackend(Backend):
-    """The kernels of `server`, through calls that have nothing in common with those of fourbit.backends.cpu."""
+    """The kernels of `server`, through calls that have nothing in common with those of fourbit_cpu."""
 
     api_version = 1
     name = "native-server"

@@ -59,11 +59,11 @@ def server_command(name: str, folder: Path) -> list[str]:
     """The command of build `name`, made in `folder` unless it is there. Skips where something is missing."""
     build = BUILDS[name]
     if platform.system() != "Linux":
-        skip_or_fail("the server of tests/native is written for Linux")
+        skip_or_fail("the server of tests/cpu/native is written for Linux")
     compiler = () if build.needs else (os.environ.get("CXX", "c++"),)
     for tool in ("cmake", *compiler, *build.needs):
         if shutil.which(tool) is None:
-            skip_or_fail(f"{tool}, which tests/native needs, is not installed")
+            skip_or_fail(f"{tool}, which tests/cpu/native needs, is not installed")
     program = folder / name / "server"
     with FileLock(folder / f"{name}.lock"):
         if not program.exists():

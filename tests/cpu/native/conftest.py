@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native import builds
+from tests.cpu.native import builds
 
 ServerCommand = Callable[[str, str], list[str]]
 

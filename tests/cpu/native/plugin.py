@@ -8,8 +8,8 @@ import os
 import pytest
 
 from fourbit import registry
-from tests.native.backend import NativeServerBackend
-from tests.native.client import Server
+from tests.cpu.native.backend import NativeServerBackend
+from tests.cpu.native.client import Server
 
 
 @pytest.hookimpl(tryfirst=True)  # before the suite looks for the backend that it is to test

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.builds import VARIANTS
+from tests.cpu.native.builds import VARIANTS
 
 pytestmark = pytest.mark.long  # half a minute for a build, and a minute for each of the variants
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # the root comes last in the path, so that what is installed wins
 PROGRAM = f"import sys; sys.path.append({str(ROOT)!r}); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
@@ -28,7 +28,7 @@ def test_suite(server_command, build, isa, tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FOURBIT_"))}
     env |= {"FOURBIT_TEST_SERVER": json.dumps([server_command(build, isa), isa]), "OMP_NUM_THREADS": "1"}
     command = [
-        *(sys.executable, "-c", PROGRAM, "-p", "tests.native.plugin", "--pyargs", "fourbit.testing"),
+        *(sys.executable, "-c", PROGRAM, "-p", "tests.cpu.native.plugin", "--pyargs", "fourbit.testing"),
         *("--backend", "native-server", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=5"),
     ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1800)

@@ -12,9 +12,9 @@ import torch
 
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES, normal
 from fourbit.testing.oracle import REFERENCE, assert_product, assert_same_bits, make_weight
-from tests.native.backend import NativeServerBackend
-from tests.native.builds import VARIANTS
-from tests.native.client import Server
+from tests.cpu.native.backend import NativeServerBackend
+from tests.cpu.native.builds import VARIANTS
+from tests.cpu.native.client import Server
 
 pytestmark = pytest.mark.long  # half a minute for each build
 NEAR = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.native.builds import BUILDS, VARIANTS, X86, instruction_sets
-from tests.native.client import Server, ServerError
+from tests.cpu.native.builds import BUILDS, VARIANTS, X86, instruction_sets
+from tests.cpu.native.client import Server, ServerError
 
 pytestmark = pytest.mark.long  # half a minute for each build
 READ, WRITE = 0, 1

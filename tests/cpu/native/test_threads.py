@@ -7,9 +7,9 @@ import torch
 
 from fourbit.testing.inputs import normal
 from fourbit.testing.oracle import make_weight
-from tests.native.backend import NativeServerBackend
-from tests.native.builds import VARIANTS
-from tests.native.client import Server
+from tests.cpu.native.backend import NativeServerBackend
+from tests.cpu.native.builds import VARIANTS
+from tests.cpu.native.client import Server
 
 pytestmark = pytest.mark.long  # a build of its own
 

@@ -1,4 +1,4 @@
-"""Every kind of kernel once, small and ragged, for compute-sanitizer; the command is in backends/cuda/README.md."""
+"""Every kind of kernel once, small and ragged, for compute-sanitizer; the command is in fourbit_cuda/README.md."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from fourbit.testing.oracle import assert_same_bits, make_weight
 
 PROGRAM = """
 import sys, torch, fourbit
-from fourbit.backends.cuda import compiler
+from fourbit_cuda import compiler
 build = compiler.compile_source
 def counted(spec, *rest):
     with open(sys.argv[1], "a") as file:
@@ -41,9 +41,9 @@ def test_sixteen_processes_compile_once(device, tmp_path):
 
 def test_an_arch_newer_than_nvrtc(device, monkeypatch, tmp_path):
     """PTX for the newest arch that NVRTC knows, finished by the driver: the same bits."""
-    from fourbit.backends.cuda import compiler
-    from fourbit.backends.cuda.driver import CudaLauncher
-    from fourbit.backends.gpu import elementwise
+    from fourbit_cuda import compiler
+    from fourbit_cuda.driver import CudaLauncher
+    from fourbit_gpu import elementwise
 
     monkeypatch.setenv("FOURBIT_CACHE_DIR", str(tmp_path))
     own = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]

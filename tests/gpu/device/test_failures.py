@@ -25,9 +25,9 @@ def test_out_of_memory(device):
 
 
 def test_a_launch_that_the_driver_refuses(device):
-    from fourbit.backends.cuda.driver import launcher
-    from fourbit.backends.gpu.elementwise import dequantize_spec
-    from fourbit.backends.gpu.launcher import LaunchError
+    from fourbit_cuda.driver import launcher
+    from fourbit_gpu.elementwise import dequantize_spec
+    from fourbit_gpu.launcher import LaunchError
 
     weight = make_weight(64, 64)
     packed, state = weight.packed.to(device), weight.state(device)
@@ -38,9 +38,9 @@ def test_a_launch_that_the_driver_refuses(device):
 
 
 def test_too_much_shared_memory_is_refused_when_loading(device):
-    from fourbit.backends.cuda.driver import launcher
-    from fourbit.backends.gpu.elementwise import dequantize_spec
-    from fourbit.backends.gpu.launcher import LaunchError
+    from fourbit_cuda.driver import launcher
+    from fourbit_gpu.elementwise import dequantize_spec
+    from fourbit_gpu.launcher import LaunchError
 
     with pytest.raises(LaunchError, match="9999999 bytes of dynamic shared memory"):
         launcher(device.index).kernel(dequantize_spec(torch.float32, False), 9_999_999)

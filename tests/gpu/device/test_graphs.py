@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fourbit
-from fourbit.backends.gpu.warmup import warmup
 from fourbit.testing.oracle import assert_same_bits
+from fourbit_gpu.warmup import warmup
 
 
 @pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))

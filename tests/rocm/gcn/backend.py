@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourbit.backends.gpu.device import DeviceProps
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import RocmBackend, libraries
-from fourbit.backends.rocm.driver import RocmKernel, RocmLauncher, device_props
-from fourbit.backends.rocm.targets import target
-from tests.gcn import standin, tiers
-from tests.gcn.errors import KernelTrap
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import RocmBackend, libraries
+from fourbit_rocm.driver import RocmKernel, RocmLauncher, device_props
+from fourbit_rocm.targets import target
+from tests.rocm.gcn import standin, tiers
+from tests.rocm.gcn.errors import KernelTrap
 
 
 class _Created(TorchDispatchMode):

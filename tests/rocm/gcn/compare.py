@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn import lanes, sdwa
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import register, vector_reader
-from tests.gcn.vector import bit_list, canonical, check_modifiers
-from tests.gcn.waves import Waves
+from tests.rocm.gcn import lanes, sdwa
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import register, vector_reader
+from tests.rocm.gcn.vector import bit_list, canonical, check_modifiers
+from tests.rocm.gcn.waves import Waves
 
 Run = Callable[[Waves], None]
 NAME = re.compile(r"^v_cmpx?_(?P<relation>[a-z]+)_(?P<kind>[fiu](?:16|32|64))$")

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.waves import VCC, Waves
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.waves import VCC, Waves
 
 NO_EFFECT = {
     "s_nop",

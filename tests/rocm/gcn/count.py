@@ -1,6 +1,6 @@
-"""Instructions per weight in the inner loops of the 4-bit products: `python -m tests.gcn.count [ARCH …]`.
+"""Instructions per weight in the inner loops of the 4-bit products: `python -m tests.rocm.gcn.count [ARCH …]`.
 
-The numbers of backends/rocm/README.md. An inner loop is a backward branch with no other inside; of a kernel's, the one
+The numbers of fourbit_rocm/README.md. An inner loop is a backward branch with no other inside; of a kernel's, the one
 with the most reads of the decoding table is the one that runs over k.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import linear
-from fourbit.backends.rocm.targets import Target, target
-from tests.gcn import control, tiers
-from tests.gcn.disassembly import Instruction, disassemble
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import linear
+from fourbit_rocm.targets import Target, target
+from tests.rocm.gcn import control, tiers
+from tests.rocm.gcn.disassembly import Instruction, disassemble
 
 CLASSES = {"v_mfma": "matrix", "v_": "vector", "ds_": "LDS", "global_": "memory", "s_": "scalar"}
 

@@ -78,7 +78,7 @@ def div_scale(value: np.ndarray, denominator: np.ndarray, numerator: np.ndarray)
 
     Returns (scaled, flag); the flag asks v_div_fmas to scale back. Where both the reciprocal and the quotient would
     be denormal, AMD's text scales the denominator by 2^64, which overflows; it must be 2^-64, as it is here, for the
-    sequence that compilers emit to divide correctly (tests/gcn/test_floats.py divides with it).
+    sequence that compilers emit to divide correctly (tests/rocm/gcn/test_floats.py divides with it).
     """
     value, denominator, numerator = np.broadcast_arrays(value, denominator, numerator)
     of_denominator = value.view(np.uint32) == denominator.view(np.uint32)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import register, scalar_reader, vector_reader, vector_writer
-from tests.gcn.waves import Waves
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import register, scalar_reader, vector_reader, vector_writer
+from tests.rocm.gcn.waves import Waves
 
 Run = Callable[[Waves], None]
 Shifted = Callable[[Waves], tuple[np.ndarray, np.ndarray]]

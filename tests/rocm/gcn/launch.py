@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourbit.backends.rocm.codeobject import KernelInfo, parse, unbundle
-from tests.gcn import lds
-from tests.gcn.disassembly import disassemble
-from tests.gcn.errors import EmulatorError, UnknownInstruction
-from tests.gcn.machine import Program
-from tests.gcn.memory import Memory
-from tests.gcn.waves import TTMP, Waves
+from fourbit_rocm.codeobject import KernelInfo, parse, unbundle
+from tests.rocm.gcn import lds
+from tests.rocm.gcn.disassembly import disassemble
+from tests.rocm.gcn.errors import EmulatorError, UnknownInstruction
+from tests.rocm.gcn.machine import Program
+from tests.rocm.gcn.memory import Memory
+from tests.rocm.gcn.waves import TTMP, Waves
 
 MAX_LDS = 65536
 BATCH_LANES = 1 << 14

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import MemoryFault, RaceError, UninitializedRead, UnknownInstruction
-from tests.gcn.operands import register, vector_reader
-from tests.gcn.vector import check_modifiers
-from tests.gcn.waves import Waves
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import MemoryFault, RaceError, UninitializedRead, UnknownInstruction
+from tests.rocm.gcn.operands import register, vector_reader
+from tests.rocm.gcn.vector import check_modifiers
+from tests.rocm.gcn.waves import Waves
 
 NOBODY, SEVERAL = -1, -2
 

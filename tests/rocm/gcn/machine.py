@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.gcn import compare, control, lanes, lds, matrix, memory, scalar, vector, vector_carry, vector_packed
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import BarrierError, KernelTrap, UnknownInstruction
-from tests.gcn.waves import Waves
+from tests.rocm.gcn import compare, control, lanes, lds, matrix, memory, scalar, vector, vector_carry, vector_packed
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import BarrierError, KernelTrap, UnknownInstruction
+from tests.rocm.gcn.waves import Waves
 
 Run = Callable[[Waves], None]
 ENDED = -1

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import constant, parse_register, register
-from tests.gcn.vector import canonical, check_modifiers
-from tests.gcn.waves import Waves
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import constant, parse_register, register
+from tests.rocm.gcn.vector import canonical, check_modifiers
+from tests.rocm.gcn.waves import Waves
 
 NAME = re.compile(r"^v_mfma_f32_(?P<m>16|32)x(?P=m)x(?P<k>\d+)_?(?P<type>bf16|f16)(?P<one_k>_1k)?$")
 FLUSHING_TARGETS = ("gfx90a",)

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import MemoryFault, UnknownInstruction
-from tests.gcn.lds import WIDTHS, _words, place_loaded, stored_bytes
-from tests.gcn.operands import constant, parse_register, register, vector_reader
-from tests.gcn.vector import check_modifiers
-from tests.gcn.waves import NULL, Waves
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import MemoryFault, UnknownInstruction
+from tests.rocm.gcn.lds import WIDTHS, _words, place_loaded, stored_bytes
+from tests.rocm.gcn.operands import constant, parse_register, register, vector_reader
+from tests.rocm.gcn.vector import check_modifiers
+from tests.rocm.gcn.waves import NULL, Waves
 
 
 class Memory:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.waves import M0, NULL, TTMP, VCC, Waves
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.waves import M0, NULL, TTMP, VCC, Waves
 
 Reader = Callable[[Waves], np.ndarray]
 Writer = Callable[[Waves, np.ndarray], None]

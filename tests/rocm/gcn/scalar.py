@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn import floats
-from tests.gcn.compare import RELATIONS
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import scalar_reader, scalar_writer
-from tests.gcn.waves import Waves
+from tests.rocm.gcn import floats
+from tests.rocm.gcn.compare import RELATIONS
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import scalar_reader, scalar_writer
+from tests.rocm.gcn.waves import Waves
 
 Run = Callable[[Waves], None]
 Values = tuple[np.ndarray, "np.ndarray | None"]

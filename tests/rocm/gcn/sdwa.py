@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import TYPES, Reader, register, vector_reader
-from tests.gcn.waves import Waves
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import TYPES, Reader, register, vector_reader
+from tests.rocm.gcn.waves import Waves
 
 MODIFIERS = {"dst_sel", "dst_unused", "src0_sel", "src1_sel"}
 PARTS = {"DWORD": (0, 32), **{f"WORD_{i}": (16 * i, 16) for i in (0, 1)}, **{f"BYTE_{i}": (8 * i, 8) for i in range(4)}}

@@ -1,6 +1,6 @@
 /* A libamdhip64 that has one made-up device and hands modules and launches to the emulator.
 
-   Built by tests/gcn/standin.py, which also registers `handler`: hip-python calls the functions below as it calls
+   Built by tests/rocm/gcn/standin.py, which also registers `handler`: hip-python calls the functions below as it calls
    the real ones, so what is tested is the unmodified path from Python to the driver's API. hipRTC is the real one,
    in a library of its own. */
 #include <stddef.h>

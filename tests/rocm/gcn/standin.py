@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tests.gcn.launch import Kernel, load
-from tests.gcn.memory import Memory
+from tests.rocm.gcn.launch import Kernel, load
+from tests.rocm.gcn.memory import Memory
 
 SOURCE = Path(__file__).with_name("standin.c")
 LAUNCH_FAILED = 719

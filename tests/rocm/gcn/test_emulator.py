@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm.targets import target
-from tests.gcn import errors, floats, tiers
-from tests.gcn.disassembly import decode, objdump, parse
-from tests.gcn.launch import load
-from tests.gcn.machine import Program
-from tests.gcn.memory import Memory
-from tests.gcn.waves import Waves
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm.targets import target
+from tests.rocm.gcn import errors, floats, tiers
+from tests.rocm.gcn.disassembly import decode, objdump, parse
+from tests.rocm.gcn.launch import load
+from tests.rocm.gcn.machine import Program
+from tests.rocm.gcn.memory import Memory
+from tests.rocm.gcn.waves import Waves
 from tests.support import skip_or_fail
 
 SAMPLES = (Path(__file__).parent / "samples" / "barriers.hip").read_text()
@@ -28,7 +28,7 @@ def kernels(request):
     compilers = tiers.available()
     if not compilers:
         skip_or_fail("no compiler for the samples: run .ci/amdgpu")
-    from fourbit.backends.gpu.spec import read_source
+    from fourbit_gpu.spec import read_source
 
     spec = KernelSpec.of("barriers.hip", "exchange")
     options = tiers.compiler.options_for(spec, target(request.param))

@@ -2,7 +2,7 @@
 
 - "hipRTC 5.2": Debian 12's, in this process, through the backend's own compiler.py. gfx90a and gfx1030.
 - "hipRTC 6.4": Debian testing's, unpacked into a folder and run under its own dynamic linker. All architectures.
-- "clang": clang and lld 19 or newer, with tests/gcn/prelude.h in place of hipRTC's own definitions. All architectures.
+- "clang": clang and lld 19 or newer, with prelude.h in place of hipRTC's own definitions. All architectures.
 
 `.ci/amdgpu` provides all of them.
 """
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fourbit.backends.gpu.program import program
-from fourbit.backends.gpu.spec import KernelSpec
-from fourbit.backends.rocm import compiler, libraries
-from fourbit.backends.rocm.targets import Target
+from fourbit_gpu.program import program
+from fourbit_gpu.spec import KernelSpec
+from fourbit_rocm import compiler, libraries
+from fourbit_rocm.targets import Target
 from tests.support import skip_or_fail
 
 HIPRTC5_PLACES = ("/usr/lib/x86_64-linux-gnu/libamdhip64.so.5",)

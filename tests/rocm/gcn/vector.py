@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn import lanes, sdwa
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import TYPES, Reader, vector_reader, vector_writer
-from tests.gcn.vector_float import FLOAT_OPS
-from tests.gcn.vector_integer import INTEGER_OPS
-from tests.gcn.waves import Waves
+from tests.rocm.gcn import lanes, sdwa
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import TYPES, Reader, vector_reader, vector_writer
+from tests.rocm.gcn.vector_float import FLOAT_OPS
+from tests.rocm.gcn.vector_integer import INTEGER_OPS
+from tests.rocm.gcn.waves import Waves
 
 Compute = Callable[[Waves], np.ndarray]
 Commit = Callable[[Waves, np.ndarray], None]

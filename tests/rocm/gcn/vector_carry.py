@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn import floats
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import mask_reader, register, vector_reader, vector_writer
-from tests.gcn.vector import canonical, check_modifiers
-from tests.gcn.waves import VCC, Waves
+from tests.rocm.gcn import floats
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import mask_reader, register, vector_reader, vector_writer
+from tests.rocm.gcn.vector import canonical, check_modifiers
+from tests.rocm.gcn.waves import VCC, Waves
 
 Run = Callable[[Waves], None]
 U64 = np.uint64

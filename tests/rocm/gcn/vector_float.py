@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn import floats
+from tests.rocm.gcn import floats
 
 F16, F32, F64, U32 = np.float16, np.float32, np.float64, np.uint32
 Function = Callable[..., np.ndarray]

@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.gcn import floats
-from tests.gcn.disassembly import Instruction
-from tests.gcn.errors import UnknownInstruction
-from tests.gcn.operands import constant, parse_register, register, vector_reader, vector_writer
-from tests.gcn.vector import bit_list, canonical, check_modifiers
-from tests.gcn.waves import Waves
+from tests.rocm.gcn import floats
+from tests.rocm.gcn.disassembly import Instruction
+from tests.rocm.gcn.errors import UnknownInstruction
+from tests.rocm.gcn.operands import constant, parse_register, register, vector_reader, vector_writer
+from tests.rocm.gcn.vector import bit_list, canonical, check_modifiers
+from tests.rocm.gcn.waves import Waves
 
 Run = Callable[[Waves], None]
 Reader = Callable[[Waves], np.ndarray]
