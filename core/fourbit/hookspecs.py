@@ -11,18 +11,21 @@
     def fourbit_register_backends(register):
         register(MyBackend())
 
-These two hooks run once, when fourbit first needs a backend; never per op.
+The hooks that register are historic: they run once for each plugin, when fourbit first needs a backend, or when
+the program calls `fourbit.plugins.manager().register(plugin)`; never per op.
 
 A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
-implements `fourbit_describe_model`. It is imported when a model folder is planned.
+implements `fourbit_describe_model` and `fourbit_load_model`. It is imported when a model folder is planned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+from torch import nn
 
 from fourbit.backend import Backend
 from fourbit.codebooks import Codebook
@@ -34,7 +37,7 @@ hookspec = pluggy.HookspecMarker("fourbit")
 hookimpl = pluggy.HookimplMarker("fourbit")
 
 
-@hookspec
+@hookspec(historic=True)
 def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
     """Call `register(backend)` for each backend of the plugin.
 
@@ -43,7 +46,7 @@ def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
     """
 
 
-@hookspec
+@hookspec(historic=True)
 def fourbit_register_codebooks(register: Callable[[Codebook], None]) -> None:
     """Call `register(Codebook(name, values, signed_scale))` for each 4-bit data type of the plugin.
 
@@ -58,4 +61,13 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     `config` is the folder's config.json and `names` are its tensors'. Both come from a stranger: build inside
     `fourbit.plans.known.without_weights(names)`, run no code of the folder and fetch nothing. An exception is kept as
     the reason for which the folder is judged by names.
+    """
+
+
+@hookspec(firstresult=True)
+def fourbit_load_model(folder: Path) -> nn.Module | None:
+    """The language model in a 4-bit folder, on the CPU and in eval mode; None if it is not one of yours.
+
+    It has transformers' `generate`. The folder comes from a stranger: run no code of it and fetch nothing. An
+    exception passes through.
     """

@@ -1,7 +1,7 @@
 """One model folder in a process of its own: load it, let it write a sentence, measure its perplexity.
 
 `python -m fourbit.cli.evaluate FOLDER` prints JSON lines (`workers`). A 4-bit folder is loaded by
-`fourbit_transformers`, any other by transformers.
+a plugin, any other by transformers.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
 
 def _load(folder: Path, is_4bit: bool) -> Any:
     if is_4bit:
-        from fourbit_transformers import load
+        from fourbit import plugins
 
-        return load(folder)
+        return plugins.load_model(folder)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
@@ -99,14 +99,11 @@ def _sentence(model: Any, tokenizer: Any) -> str:
 
 def describe(found: Any) -> dict[str, Any]:
     """A resolution of an op as JSON values: what ran, and why nothing before it."""
-    from fourbit.backend import Backend
-
     query = found.query
-    composed = getattr(type(found.backend), query.op) is getattr(Backend, query.op)
     return {
         "op": query.op,
         "backend": found.entry.name,
-        "composed_of_other_ops": composed,
+        "composed_of_other_ops": found.backend.composes(query.op),
         "device": str(query.device),
         "dtype": str(query.dtype).removeprefix("torch."),
         "blocksize": query.blocksize,
