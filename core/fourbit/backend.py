@@ -134,7 +134,7 @@ class Backend:
         return f"composed: {COMPOSITIONS[query.op]}" if self.composes(query.op) else "its own implementation"
 
     def composes(self, op: str) -> bool:
-        """Whether it leaves `op` to this class, and thereby to other ops. Not for overriding."""
+        """Whether it leaves `op` to this class, which composes it of other ops. Not to be overridden."""
         return getattr(type(self), op) is getattr(Backend, op)
 
     # ---- required ---------------------------------------------------------------------------------

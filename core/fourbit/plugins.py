@@ -1,7 +1,7 @@
 """The plugins: one pluggy manager for the life of the process, and the loading of what is installed.
 
-Each plugin is registered by itself, whole or not at all: the hooks that add things are historic, so that its own
-registration runs them, and what it breaks stays its own.
+The hooks that add things are historic: the registration of a plugin runs its own. An installed plugin is loaded whole
+or not at all, and what it breaks stays its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _source: ContextVar[str] = ContextVar("source", default="registered by the progr
 def manager() -> pluggy.PluginManager:
     """The one manager, made at its first use: `import fourbit` imports no pluggy.
 
-    Its `register(plugin)` runs the plugin's registering hooks at once, and lets through what they raise.
+    Its `register(plugin)` runs the plugin's registering hooks at once, and lets through what they raise; what they
+    added before that stays.
     """
     global _manager
     with registry.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -143,6 +144,10 @@ def fourbit_describe_model(config, names):
     with known.without_weights(names):
         model = nn.Sequential(nn.Linear(64, 64))
     return known.KnownModel(model, {name: known.Target((name,)) for name in names}, "a plugin's Sequential")
+
+@hookimpl
+def fourbit_load_model(folder):
+    return nn.Sequential(nn.Linear(64, 64))
 """
 PANICS = """
 from fourbit.hookspecs import hookimpl
@@ -152,7 +157,27 @@ class PanicException(BaseException): pass
 @hookimpl
 def fourbit_describe_model(config, names):
     raise PanicException("called `unwrap` on a `None` value")
+
+@hookimpl
+def fourbit_load_model(folder):
+    raise PanicException("of loading")
 """
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """`install(name=source)`: modules that entry points of the group name."""
+
+    def make(**modules):
+        found = []
+        for name, source in modules.items():
+            (tmp_path / f"models_{tmp_path.name}_{name}.py").write_text(source)
+            found.append(EntryPoint(name, f"models_{tmp_path.name}_{name}", plugins.MODELS))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group))
+        monkeypatch.setattr(plugins, "_models", installed)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -166,17 +191,29 @@ def fourbit_describe_model(config, names):
         ),
     ),
 )
-def test_plugins_come_through_entry_points(monkeypatch, tmp_path, modules, described_by):
-    found = []
-    for name, source in modules.items():
-        (tmp_path / f"models_{tmp_path.name}_{name}.py").write_text(source)
-        found.append(EntryPoint(name, f"models_{tmp_path.name}_{name}", plugins.MODELS))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group))
-    monkeypatch.setattr(plugins, "_models", installed)
+def test_plugins_come_through_entry_points(install, tmp_path, modules, described_by):
+    install(**modules)
     folder = folder_of(nn.Sequential(nn.Linear(64, 64)), tmp_path / "f")
     for _ in range(2):
         assert fourbit.plan(folder).described_by == described_by
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    (
+        (WORKS, None),
+        (PANICS, "PanicException: of loading"),
+        ("import nothing_of_that_name", r"pip install 'fourbit\[transformers\]'; a: ModuleNotFoundError"),
+    ),
+)
+def test_plugins_load_models(install, tmp_path, source, error):
+    install(a=source)
+    if error is None:
+        assert isinstance(plugins.load_model(tmp_path), nn.Sequential)
+    else:
+        with pytest.raises(BaseException) as caught:
+            plugins.load_model(tmp_path)
+        assert re.search(error, f"{caught.type.__name__}: {caught.value}")
 
 
 def test_a_model_of_absurd_size_is_not_built():
