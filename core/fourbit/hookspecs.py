@@ -15,17 +15,15 @@ The hooks that register are historic: they run once for each plugin, when fourbi
 the program calls `fourbit.plugins.manager().register(plugin)`; never per op.
 
 A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
-implements `fourbit_describe_model` and `fourbit_load_model`. It is imported when a model folder is planned.
+implements `fourbit_describe_model`. It is imported when a model folder is planned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
-from torch import nn
 
 from fourbit.backend import Backend
 from fourbit.codebooks import Codebook
@@ -61,13 +59,4 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     `config` is the folder's config.json and `names` are its tensors'. Both come from a stranger: build inside
     `fourbit.plans.known.without_weights(names)`, run no code of the folder and fetch nothing. An exception is kept as
     the reason for which the folder is judged by names.
-    """
-
-
-@hookspec(firstresult=True)
-def fourbit_load_model(folder: Path) -> nn.Module | None:
-    """The language model in a 4-bit folder, on the CPU and in eval mode; None if it is not one of yours.
-
-    It has transformers' `generate`. The folder comes from a stranger: run no code of it and fetch nothing. An
-    exception passes through.
     """

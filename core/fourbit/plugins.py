@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fourbit import codebooks, isolation, registry
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
     import pluggy
-    from torch import nn
 
 T = TypeVar("T")
 
@@ -29,7 +27,7 @@ BACKENDS = "fourbit.backends"
 """The entry points of plugins that are loaded when fourbit first needs a backend."""
 
 MODELS = "fourbit.models"
-"""The entry points of plugins that are loaded when a model folder is planned or loaded."""
+"""The entry points of plugins that are loaded when a model folder is planned."""
 
 _manager: pluggy.PluginManager | None = None
 _source: ContextVar[str] = ContextVar("source", default="registered by the program")  # of the plugin being registered
@@ -207,16 +205,6 @@ def ask(hook: str, kind: type[T], **arguments: object) -> tuple[T | None, str]:
         if found is not None:
             reasons.append(f"{impl.plugin_name} returned {type(found).__name__}, not a {kind.__name__}")
     return None, "; ".join(reasons)
-
-
-def load_model(folder: Path) -> nn.Module:
-    """The model in a 4-bit folder, from the first plugin that knows it. Raises RuntimeError if none does."""
-    reasons = _load_models()
-    model: nn.Module | None = manager().hook.fourbit_load_model(folder=folder)
-    if model is None:
-        missing = "no plugin loads a 4-bit folder as a model: pip install 'fourbit[transformers]'"
-        raise RuntimeError("; ".join([missing, *reasons]))
-    return model
 
 
 def _load_models() -> list[str]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import CRITICAL
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -36,15 +35,6 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
             return None
         model = _build(transformers, found, _cleaned(config), names)
         return KnownModel(model, targets(model, names), f"{found.__name__} of transformers {transformers.__version__}")
-
-
-@hookimpl
-def fourbit_load_model(folder: Path) -> nn.Module:
-    """Whatever `load` makes of the folder."""
-    from fourbit_transformers.loading import load
-
-    model: nn.Module = load(folder)
-    return model
 
 
 def _model_class(transformers: Any, name: str) -> Any:

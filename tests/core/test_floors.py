@@ -17,15 +17,16 @@ TREE = Path(__file__).resolve().parents[2]
 CORE = "fourbit"
 
 FLOORS = (
-    "version float_environment trust",
+    "version float_environment trust literal",
     "jit",
     "codebooks",
     "scales double_quant",
     "numerics",
-    "weight",
     "checks",
+    "weight",
     "state",
     "config",
+    "operations fakes",
     "grouped",
     "backend",
     "plans/known",  # what plugins of models return
@@ -34,14 +35,15 @@ FLOORS = (
     "registry",
     "plugins",
     "dispatch",
-    "fakes",
     "ops",
     "autograd vmap",
     "functional",
     "reference",
+    "plans",  # layers, rules, the record
     "nn",
-    "checkpoint/errors checkpoint/links checkpoint/layout checkpoint/source checkpoint/reader checkpoint/__init__",
-    "plans",  # above the walks over a model and a folder
+    "checkpoint/errors checkpoint/untrusted checkpoint/links checkpoint/layout checkpoint/weight_files",
+    "checkpoint/source checkpoint/reader checkpoint/__init__",
+    "plans/model plans/folder plans/__init__",  # the walks over a model and a folder
     "nn/quantize",
     "explanation",
     "checkpoint",
@@ -52,6 +54,7 @@ FLOORS = (
 """Files and folders of core/fourbit, lower floors first. A folder's word covers the files in it without their own."""
 
 LEFT = {
+    ("fourbit.cli.evaluate", "fourbit_transformers"),  # the demo, which is to move to that plugin
     ("fourbit.backend", "fourbit.reference"),  # the base class composes ops of the reference's functions
     ("fourbit.grouped", "fourbit.backend"),  # for typing
     ("fourbit.nn.view", "fourbit.nn.packed"),  # for typing

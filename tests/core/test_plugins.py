@@ -173,14 +173,6 @@ def test_pluggys_options_hold():
     assert describe() == (MODEL, "") and seen == [MODEL]
 
 
-def test_a_model_is_loaded_by_the_first_that_knows_it(tmp_path):
-    with pytest.raises(RuntimeError, match=r"^no plugin loads .* as a model: pip install 'fourbit\[transformers\]'$"):
-        plugins.load_model(tmp_path)
-    for name, answer in (("knows", lambda folder: MODEL.model), ("other", lambda folder: None)):
-        plugins.manager().register(plugin(name, fourbit_load_model=answer))
-    assert plugins.load_model(tmp_path) is MODEL.model
-
-
 # ---- Backend.composes ---------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """One model folder in a process of its own: load it, let it write a sentence, measure its perplexity.
 
 `python -m fourbit.cli.evaluate FOLDER` prints JSON lines (`workers`). A 4-bit folder is loaded by
-a plugin, any other by transformers.
+`fourbit_transformers`, any other by transformers.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
 
 def _load(folder: Path, is_4bit: bool) -> Any:
     if is_4bit:
-        from fourbit import plugins
+        from fourbit_transformers import load
 
-        return plugins.load_model(folder)
+        return load(folder)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)

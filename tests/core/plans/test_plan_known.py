@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -144,10 +143,6 @@ def fourbit_describe_model(config, names):
     with known.without_weights(names):
         model = nn.Sequential(nn.Linear(64, 64))
     return known.KnownModel(model, {name: known.Target((name,)) for name in names}, "a plugin's Sequential")
-
-@hookimpl
-def fourbit_load_model(folder):
-    return nn.Sequential(nn.Linear(64, 64))
 """
 PANICS = """
 from fourbit.hookspecs import hookimpl
@@ -157,10 +152,6 @@ class PanicException(BaseException): pass
 @hookimpl
 def fourbit_describe_model(config, names):
     raise PanicException("called `unwrap` on a `None` value")
-
-@hookimpl
-def fourbit_load_model(folder):
-    raise PanicException("of loading")
 """
 
 
@@ -196,24 +187,6 @@ def test_plugins_come_through_entry_points(install, tmp_path, modules, described
     folder = folder_of(nn.Sequential(nn.Linear(64, 64)), tmp_path / "f")
     for _ in range(2):
         assert fourbit.plan(folder).described_by == described_by
-
-
-@pytest.mark.parametrize(
-    ("source", "error"),
-    (
-        (WORKS, None),
-        (PANICS, "PanicException: of loading"),
-        ("import nothing_of_that_name", r"pip install 'fourbit\[transformers\]'; a: ModuleNotFoundError"),
-    ),
-)
-def test_plugins_load_models(install, tmp_path, source, error):
-    install(a=source)
-    if error is None:
-        assert isinstance(plugins.load_model(tmp_path), nn.Sequential)
-    else:
-        with pytest.raises(BaseException) as caught:
-            plugins.load_model(tmp_path)
-        assert re.search(error, f"{caught.type.__name__}: {caught.value}")
 
 
 def test_a_model_of_absurd_size_is_not_built():
