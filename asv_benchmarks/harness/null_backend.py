@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 import fourbit
-from fourbit import registry
+from fourbit import plugins, registry
 from fourbit.backend import Backend
 from fourbit.reference import ReferenceBackend
 
@@ -34,7 +34,7 @@ class NullBackend(ReferenceBackend):
 def null_backend(result: torch.Tensor) -> Iterator[Backend]:
     """Registers it for the duration of the block, ahead of every other backend for the CPU."""
     backend = NullBackend(result)
-    registry.load_plugins()
+    plugins.load()
     registry.register(backend)
     try:
         yield backend

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
+from fourbit.backend import SUPPORTED, Backend, OpQuery, Support
 from fourbit.hookspecs import hookimpl
 from fourbit_gpu.backend import GpuBackend
 
@@ -45,8 +45,8 @@ class CudaBackend(GpuBackend):
         from fourbit_cuda import compiler
         from fourbit_gpu import linear
 
-        if query.op in COMPOSITIONS and getattr(CudaBackend, query.op) is getattr(Backend, query.op):
-            return f"composed: {COMPOSITIONS[query.op]}"
+        if self.composes(query.op):
+            return super().describe(query, shape)
         props = self._launcher(query.device).props
         where = compiler.target(props.arch)
         how = f"NVRTC {compiler.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"

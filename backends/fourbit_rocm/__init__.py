@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
+from fourbit.backend import SUPPORTED, Backend, OpQuery, Support
 from fourbit.hookspecs import hookimpl
 from fourbit_gpu.backend import GpuBackend
 
@@ -50,8 +50,8 @@ class RocmBackend(GpuBackend):
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
         from fourbit_rocm import compiler, linear
 
-        if query.op in COMPOSITIONS and getattr(type(self), query.op) is getattr(Backend, query.op):
-            return f"composed: {COMPOSITIONS[query.op]}"
+        if self.composes(query.op):
+            return super().describe(query, shape)
         arch = self._arch(query.device)
         how = f"hipRTC {compiler.version_text()}, {arch}"
         if query.op in ("linear_4bit", "linear_4bit_grad"):

@@ -24,7 +24,8 @@ from fourbit.functional import (
     quantize_4bit,
     quantize_blockwise,
 )
-from fourbit.registry import BackendInfo, BackendWarning, NoBackendError, backends
+from fourbit.plugins import backends
+from fourbit.registry import BackendInfo, BackendWarning, NoBackendError
 from fourbit.state import QuantState
 from fourbit.version import __version__
 

@@ -131,10 +131,11 @@ class Backend:
 
         The default names the method that runs: the backend's own, or the composition it inherits.
         """
-        method = getattr(type(self), query.op)
-        if method is getattr(Backend, query.op):
-            return f"composed: {COMPOSITIONS[query.op]}"
-        return "its own implementation"
+        return f"composed: {COMPOSITIONS[query.op]}" if self.composes(query.op) else "its own implementation"
+
+    def composes(self, op: str) -> bool:
+        """Whether it leaves `op` to this class, which composes it of other ops. Not to be overridden."""
+        return getattr(type(self), op) is getattr(Backend, op)
 
     # ---- required ---------------------------------------------------------------------------------
 

@@ -85,6 +85,9 @@ class Codebook:
 NF4 = Codebook("nf4", NF4_VALUES)
 FP4 = Codebook("fp4", FP4_VALUES)
 
+ask_plugins: Callable[[], None] | None = None
+"""Called before a name counts as unknown; `plugins`, which stands above this file, puts its loader here."""
+
 _codebooks: dict[str, Codebook] = {"nf4": NF4, "fp4": FP4}
 _tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
@@ -118,10 +121,8 @@ def get(quant_type: str) -> Codebook:
     if not isinstance(quant_type, str):
         raise TypeError(f"quant_type must be a string such as 'nf4', got {type(quant_type).__name__}")
     found = _codebooks.get(quant_type)
-    if found is None:
-        from fourbit.registry import load_plugins
-
-        load_plugins()
+    if found is None and ask_plugins is not None:
+        ask_plugins()
         found = _codebooks.get(quant_type)
     if found is None:
         raise ValueError(

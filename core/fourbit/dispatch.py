@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fourbit import isolation, registry
+from fourbit import isolation, plugins, registry
 from fourbit.backend import OPS, SUPPORTED, Backend, OpQuery, Support
 from fourbit.isolation import Fault, Registered
 from fourbit.registry import Forced, Key, NoBackendError, Resolution, State
@@ -25,7 +25,7 @@ _COMPOSED_OF_DEQUANTIZE = tuple(op for op in OPS if op.startswith(("linear", "em
 
 def miss(op: str, key: Key) -> Callable[..., Any]:
     """Fill the dispatch table for a key that is not in it; returns the method."""
-    registry.load_plugins()
+    plugins.load()
     now = registry.state
     device, dtype, blocksize, double_quant = key
     run = _resolve_in(now, OpQuery(op, device, dtype, blocksize, double_quant)).run
@@ -35,7 +35,7 @@ def miss(op: str, key: Key) -> Callable[..., Any]:
 
 def resolve(query: OpQuery) -> Resolution:
     """The backend that runs `query`. Raises NoBackendError, listing every reason, if none does."""
-    registry.load_plugins()
+    plugins.load()
     return _resolve_in(registry.state, query)
 
 
@@ -93,7 +93,7 @@ def _ask(entry: Registered, query: OpQuery) -> Support:
     if not entry.serves(query.device):
         return Support.no(f"serves {', '.join(entry.device_types)}, not {query.device.type}")
     try:
-        inherited = isolation.inherits(entry, query.op)
+        inherited = isolation.composes(entry, query.op)
         if inherited and query.op in ("quantize_4bit", "dequantize_4bit"):
             return Support.no("does not implement it")
         answer = isolation.supports(entry, query)
@@ -127,7 +127,7 @@ def resolutions() -> list[Resolution]:
 
 def default_blocksize(device: torch.device) -> int:
     """The blocksize that `blocksize=None` stands for on `device`: its first quantizing backend's."""
-    registry.load_plugins()
+    plugins.load()
     now = registry.state
     found = now.blocksizes.get(device)
     if found is None:
@@ -163,7 +163,7 @@ def use_backend(name: str) -> Iterator[Backend]:
     thread, since autograd runs backward passes on threads of its own. Raises NoBackendError at once if
     there is no such backend.
     """
-    backend = registry.get_backend(name)
+    backend = plugins.get_backend(name)
     block = Forced(name)
     try:
         registry.change(lambda now: {"forced": (*now.forced, block)})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourbit import dispatch, registry
+from fourbit import dispatch, plugins, registry
 from fourbit.backend import OPS, OpQuery
 
 
@@ -89,7 +89,7 @@ def explain(
     size = blocksize or known.get("blocksize") or _default_blocksize(op, where)
     nested = known.get("double_quant", False) if double_quant is None else double_quant
     query = OpQuery(op, where, dtype or known.get("dtype", torch.float32), size, nested)
-    others = tuple((i.name, i.state, i.reason) for i in registry.backends() if i.state != "ready")
+    others = tuple((i.name, i.state, i.reason) for i in plugins.backends() if i.state != "ready")
     try:
         found = dispatch.resolve(query)
     except registry.NoBackendError as error:

@@ -11,7 +11,8 @@
     def fourbit_register_backends(register):
         register(MyBackend())
 
-These two hooks run once, when fourbit first needs a backend; never per op.
+The hooks that register are historic: they run once for each plugin, when fourbit first needs a backend, or when
+the program calls `fourbit.plugins.manager().register(plugin)`; never per op.
 
 A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
 implements `fourbit_describe_model`. It is imported when a model folder is planned.
@@ -34,7 +35,7 @@ hookspec = pluggy.HookspecMarker("fourbit")
 hookimpl = pluggy.HookimplMarker("fourbit")
 
 
-@hookspec
+@hookspec(historic=True)
 def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
     """Call `register(backend)` for each backend of the plugin.
 
@@ -43,7 +44,7 @@ def fourbit_register_backends(register: Callable[[Backend], None]) -> None:
     """
 
 
-@hookspec
+@hookspec(historic=True)
 def fourbit_register_codebooks(register: Callable[[Codebook], None]) -> None:
     """Call `register(Codebook(name, values, signed_scale))` for each 4-bit data type of the plugin.
 

@@ -201,9 +201,9 @@ def supports(entry: Registered, query: OpQuery) -> Support:
     return answer
 
 
-def inherits(entry: Registered, op: str) -> bool:
+def composes(entry: Registered, op: str) -> bool:
     """Whether the backend leaves `op` to the base class. Raises Fault."""
-    return call(f"its {op}", lambda: getattr(type(entry.backend), op) is getattr(Backend, op))
+    return call(f"its {op}", lambda: Backend.composes(entry.backend, op))
 
 
 def method(entry: Registered, op: str) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
-"""Finds backends: plugin loading, what is registered, and who was left out and why.
+"""What is registered, and who was left out and why: the one state that `plugins` fills and `dispatch` reads.
 
-Hooks run once, at load. All that is known stands in one `State`, which is never changed but replaced, by one
-assignment: an interrupt between any two statements leaves the old state or the new one, and what `dispatch`
-resolves in a state is kept in that state, so that it ends with it.
+All that is known stands in one `State`, which is never changed but replaced, by one assignment: an interrupt
+between any two statements leaves the old state or the new one, and what `dispatch` resolves in a state is kept in
+that state, so that it ends with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,10 +20,6 @@ from fourbit import isolation
 from fourbit.backend import OPS, Backend, OpQuery
 from fourbit.isolation import Fault, Registered
 
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-ENTRY_POINT_GROUP = "fourbit.backends"
 VARIABLE = "FOURBIT_BACKENDS"
 
 
@@ -97,7 +93,7 @@ class State:
     """All that is known at one moment.
 
     Attributes:
-        loaded: whether the plugins have been loaded, all of them.
+        loaded, loading: whether the plugins have been loaded, all of them; whether a thread, with the lock, is at it.
         entries: the ready backends, in the order in which they are asked.
         infos: of every backend that was found.
         forced: the `use_backend` blocks in force, the innermost last.
@@ -106,6 +102,7 @@ class State:
     """
 
     loaded: bool = False
+    loading: bool = False
     entries: tuple[Registered, ...] = ()
     infos: tuple[BackendInfo, ...] = ()
     forced: tuple[Forced, ...] = ()
@@ -125,117 +122,26 @@ class State:
 state = State()
 """The present one. Whoever reads more than one thing of it takes it once."""
 
-_lock = threading.RLock()  # held by whoever replaces the state; never while an op looks for its backend
-_loading = False
-_pending: list[str] = []  # warnings that have not been given
+lock = threading.RLock()
+"""Held by whoever replaces the state; never while an op looks for its backend."""
+
+pending: list[str] = []
+"""Warnings that have not been given."""
+
 _given: set[str] = set()
 
 
 def change(make: Callable[[State], dict[str, Any]] = lambda now: {}) -> None:
     """Replace the state by one with the fields that `make(state)` returns, and with nothing resolved in it."""
     global state
-    with _lock:
+    with lock:
         state = replace(state, **make(state))
 
 
-# ---- loading ------------------------------------------------------------------------------------------
-
-
-def load_plugins() -> None:
-    """Import the plugins of the entry-point group and run their hooks; does nothing the second time.
-
-    All or none: an interrupt passes through, and the next call loads them anew.
-    """
-    global state, _loading, _pending
-    if state.loaded:
-        return
-    with _lock:
-        if state.loaded or _loading:  # a plugin may call back into fourbit while it loads
-            return
-        before, pending = state, list(_pending)
-        try:
-            _loading = True
-            for entry_point in _entry_points():
-                _load_plugin(entry_point)
-            change(lambda now: {"loaded": True})
-        finally:
-            # no call in here: Python handles an interrupt at calls and loops, and this must not be torn
-            _loading = False
-            if not state.loaded:
-                state, _pending = before, pending
-    # last, since a filter may turn a warning into an exception, which must not cost the plugins after it
-    _give_pending()
-
-
-def _entry_points() -> list[EntryPoint]:
-    """The group's entry points: fourbit's own first, as FOURBIT_BACKENDS restricts and orders them."""
-    from importlib.metadata import entry_points
-
-    def builtin_first(ep: EntryPoint) -> tuple[bool, str, str]:
-        return (not _is_own(ep), ep.name, str(ep.value))
-
-    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=builtin_first)
-    allowed = _allowed_names()
-    if allowed is None:
-        return found
-    for name in allowed:
-        if name not in {ep.name for ep in found}:
-            _remember(BackendInfo(name, "failed", f"{VARIABLE} names it, and it is not installed", source=VARIABLE))
-            warn(f"{VARIABLE} names {name!r}, which is not installed")
-    for ep in found:
-        if ep.name not in allowed:
-            reason = f"not in {VARIABLE}={os.environ[VARIABLE]}"
-            _remember(BackendInfo(ep.name, "disabled", reason, source=_source(ep)))
-    return [ep for name in allowed for ep in found if ep.name == name]
-
-
-def _allowed_names() -> list[str] | None:
+def allowed_names() -> list[str] | None:
+    """The names in FOURBIT_BACKENDS, in its order; None if it names none."""
     names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     return list(dict.fromkeys(names)) or None
-
-
-def _is_own(ep: EntryPoint) -> bool:
-    """Whether an entry point is of fourbit's own distribution."""
-    try:
-        return isolation.call("its metadata", lambda: ep.dist is not None and ep.dist.name == "fourbit")
-    except Fault:
-        return False
-
-
-def _source(ep: EntryPoint) -> str:
-    dist = getattr(ep, "dist", None)
-    try:
-        return isolation.call("its metadata", lambda: f"{dist.name} {dist.version} ({ep.value})" if dist else ep.value)
-    except Fault:  # a distribution whose metadata is damaged
-        return str(ep.value)
-
-
-def _load_plugin(ep: EntryPoint) -> None:
-    """Import one plugin and call its hooks by itself, so that what it breaks stays its own."""
-    import pluggy
-
-    from fourbit import codebooks, hookspecs
-
-    source = _source(ep)
-    before, known = state, codebooks.snapshot()
-    try:
-        manager = pluggy.PluginManager("fourbit")
-        manager.add_hookspecs(hookspecs)
-        manager.register(ep.load(), name=ep.name)
-        manager.check_pending()
-        manager.hook.fourbit_register_codebooks(register=codebooks.register)
-        manager.hook.fourbit_register_backends(register=lambda backend: register(backend, source=source))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a Rust extension's panic and SystemExit are no Exceptions
-        codebooks.restore(known)  # half a plugin is none
-        change(lambda now: {"entries": before.entries, "infos": before.infos})
-        reason, trace = isolation.describe_error(error), isolation.traceback_of(error)
-        _remember(BackendInfo(ep.name, "failed", reason, source=source, traceback=trace))
-        warn(f"backend plugin {ep.name!r} from {source} failed to load and is ignored: {reason}")
-
-
-# ---- registering --------------------------------------------------------------------------------------
 
 
 def register(backend: Backend, *, source: str = "registered by the program") -> None:
@@ -243,7 +149,7 @@ def register(backend: Backend, *, source: str = "registered by the program") -> 
 
     One that does not fit is left out: a BackendWarning, and its reason in `fourbit.backends()`.
     """
-    with _lock:
+    with lock:
         shown = isolation.label(backend)
         try:
             entry = isolation.examine(isolation.instance(backend), source)
@@ -255,11 +161,11 @@ def register(backend: Backend, *, source: str = "registered by the program") -> 
         except Fault as fault:
             cause = fault.__cause__
             kind, trace = ("rejected", "") if cause is None else ("failed", isolation.traceback_of(cause))
-            _remember(BackendInfo(shown, kind, str(fault), source=source, traceback=trace))
+            remember(BackendInfo(shown, kind, str(fault), source=source, traceback=trace))
             warn(f"backend {shown!r} from {source} {'failed and ' if cause else ''}is ignored: {fault}")
             return
         if missing is not None:
-            _remember(BackendInfo(entry.name, "unavailable", missing, entry.device_types, source=source))
+            remember(BackendInfo(entry.name, "unavailable", missing, entry.device_types, source=source))
             return
         reason = f"serves {', '.join(entry.device_types)}".replace("*", "any device")
         info = BackendInfo(entry.name, "ready", reason, entry.device_types, blocksize, source)
@@ -283,13 +189,13 @@ def unregister(name: str) -> None:
 
 def _place(entry: Registered) -> float:
     """Where a backend stands, the least being asked first: FOURBIT_BACKENDS' order, else falling priority."""
-    allowed = _allowed_names()
+    allowed = allowed_names()
     if allowed is None:
         return -entry.priority
     return allowed.index(entry.name) if entry.name in allowed else len(allowed)
 
 
-def _remember(info: BackendInfo) -> None:
+def remember(info: BackendInfo) -> None:
     """List a backend that is not ready; one that tries again is listed once."""
 
     def stays(other: BackendInfo) -> bool:
@@ -300,38 +206,18 @@ def _remember(info: BackendInfo) -> None:
 
 def warn(message: str) -> None:
     """Give a BackendWarning, once in a process; while plugins load, after the last of them."""
-    if message not in _given and message not in _pending:
-        _pending.append(message)
-    if not _loading:
-        _give_pending()
+    if message not in _given and message not in pending:
+        pending.append(message)
+    if not state.loading:
+        give_pending()
 
 
-def _give_pending() -> None:
-    while _pending:
-        message = _pending.pop(0)
+def give_pending() -> None:
+    """Give the warnings that were held back."""
+    while pending:
+        message = pending.pop(0)
         _given.add(message)
         warnings.warn(message, BackendWarning, stacklevel=3)
-
-
-# ---- asking -------------------------------------------------------------------------------------------
-
-
-def backends() -> list[BackendInfo]:
-    """Every backend that was found, in the order in which they are asked, with its state and the reason."""
-    load_plugins()
-    now = state
-    order = {entry.name: i for i, entry in enumerate(now.entries)}
-    return sorted(now.infos, key=lambda info: (order.get(info.name, len(order)), info.name))
-
-
-def get_backend(name: str) -> Backend:
-    """The backend of that name. Raises NoBackendError, with the state of each, if it is not ready."""
-    load_plugins()
-    now = state
-    entry = now.entry(name)
-    if entry is None:
-        raise NoBackendError(f"backend {name!r} is not ready.\n{listing(now)}")
-    return entry.backend
 
 
 def listing(now: State) -> str:

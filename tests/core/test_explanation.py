@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fourbit
-from fourbit import dispatch, registry
+from fourbit import dispatch, plugins, registry
 from fourbit.backend import Backend, OpQuery, Support
 from fourbit.nn import Embedding4bit, Linear4bit
 
@@ -26,11 +26,11 @@ class Picky(Backend):
         return Support.no("float32 alone")
 
     def quantize_4bit(self, *args):
-        return registry.get_backend("reference").quantize_4bit(*args)
+        return plugins.get_backend("reference").quantize_4bit(*args)
 
     def dequantize_4bit(self, *args):
         self.calls += 1
-        return registry.get_backend("reference").dequantize_4bit(*args)
+        return plugins.get_backend("reference").dequantize_4bit(*args)
 
 
 USUAL = fourbit.explain("linear_4bit", dtype=torch.bfloat16).backend

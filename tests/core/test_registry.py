@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fourbit
-from fourbit import dispatch, registry
+from fourbit import dispatch, plugins, registry
 from fourbit.backend import OPS, Backend, OpQuery, Support
 from fourbit.reference import ReferenceBackend
 
@@ -27,7 +27,7 @@ class Fake(ReferenceBackend):
 @pytest.fixture(autouse=True)
 def no_trace_left(monkeypatch):
     """The registry as it was, whatever a test registers."""
-    registry.load_plugins()
+    plugins.load()
     before = registry.state
     monkeypatch.setattr(registry, "_given", set())
     yield
@@ -59,15 +59,15 @@ def test_register_and_unregister():
     info = info_of("fake")
     assert (info.state, info.device_types, info.default_blocksize) == ("ready", ("*",), 64)
     assert info.reason == "serves any device" and info.source == "registered by the program"
-    assert registry.get_backend("fake").name == "fake"
+    assert plugins.get_backend("fake").name == "fake"
     registry.unregister("fake")
     with pytest.raises(registry.NoBackendError, match="'fake' is not ready"):
-        registry.get_backend("fake")
+        plugins.get_backend("fake")
 
 
 def test_register_takes_a_class_too():
     registry.register(Fake)
-    assert isinstance(registry.get_backend("fake"), Fake)
+    assert isinstance(plugins.get_backend("fake"), Fake)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_unavailable_is_no_fault():
     info = info_of("fake")
     assert (info.state, info.reason, info.default_blocksize) == ("unavailable", "no chip is plugged in", None)
     with pytest.raises(registry.NoBackendError, match="fake: unavailable .no chip is plugged in"):
-        registry.get_backend("fake")
+        plugins.get_backend("fake")
 
 
 @pytest.mark.parametrize("method", ("unavailable", "default_blocksize"))
@@ -168,7 +168,7 @@ def test_composed_ops_need_dequantize():
         quantize_4bit = ReferenceBackend.quantize_4bit
 
     registry.register(QuantizesOnly())
-    answers = {op: dispatch.ask(registry.get_backend("half"), OpQuery(op, *QUERY_REST)) for op in OPS}
+    answers = {op: dispatch.ask(plugins.get_backend("half"), OpQuery(op, *QUERY_REST)) for op in OPS}
     assert {op for op, answer in answers.items() if answer} == {
         "quantize_4bit", "quantize_blockwise", "dequantize_blockwise",
     }  # fmt: skip
@@ -225,8 +225,8 @@ def test_neither_hooks_nor_supports_are_called_per_op(monkeypatch):
         raise AssertionError("a hook was called, or a plugin manager made, for an op")
 
     monkeypatch.setattr(pluggy.PluginManager, "__init__", forbidden)
-    monkeypatch.setattr(registry, "_load_plugin", forbidden)
-    monkeypatch.setattr(registry, "_entry_points", forbidden)
+    monkeypatch.setattr(plugins, "manager", forbidden)
+    monkeypatch.setattr(plugins, "load", forbidden)
     for _ in range(20):
         fourbit.quantize_4bit(W, blocksize=64)
         fourbit.linear_4bit(x, packed, state)

@@ -217,16 +217,16 @@ assert {i.name: i.state for i in fourbit.backends()} == {"bad": "failed", "zgood
 
 INTERRUPTED = """
 import json, sys, torch, fourbit
-from fourbit import dispatch, registry, codebooks
+from fourbit import dispatch, registry, plugins, codebooks
 fourbit_folder = registry.__file__.rsplit("/", 1)[0]
 w = torch.randn(64)
 import importlib.metadata
-found = importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP)  # once: most of a load's time
+found = importlib.metadata.entry_points(group=plugins.BACKENDS)  # once: most of a load's time
 importlib.metadata.entry_points = lambda group: found
 
 def ours(frame):
-    return frame.f_code.co_filename.startswith((fourbit_folder + "/registry.py", fourbit_folder + "/isolation.py",
-        fourbit_folder + "/dispatch.py", fourbit_folder + "/codebooks.py")) or "plugin_" in frame.f_code.co_filename
+    return frame.f_code.co_filename.startswith(tuple(f"{fourbit_folder}/{name}.py" for name in (
+        "registry", "plugins", "isolation", "dispatch", "codebooks"))) or "plugin_" in frame.f_code.co_filename
 
 class Interrupt:
     '''Raises at the n-th place where Python would handle a signal: entry of a function, end of a call.'''
@@ -240,6 +240,7 @@ class Interrupt:
 
 def reset():
     registry.state, registry._given = registry.State(), set()
+    plugins._manager = None
     for name in [name for name in sys.modules if name.startswith("plugin_")]:
         del sys.modules[name]
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 import fourbit
-from fourbit import dispatch, isolation, registry
+from fourbit import dispatch, isolation, plugins, registry
 from fourbit.backend import Support
 from tests.core.test_registry import W, info_of, make, no_trace_left  # noqa: F401
 
@@ -38,13 +38,13 @@ def waits(asked: threading.Event, answer: threading.Event):
     return supports
 
 
-@contextmanager
+@contextlib.contextmanager
 def registered():
     registry.register(make(name="better", priority=99))
     yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def unregistered():
     registry.unregister("fake")
     yield
@@ -186,7 +186,7 @@ class Interrupt:
     Those are the entry of a function and the end of a call of a C function, as sys.setprofile sees them.
     """
 
-    files = (registry.__file__, dispatch.__file__, isolation.__file__, sys.modules["contextlib"].__file__)
+    files = [part.__file__ for part in (registry, plugins, dispatch, isolation, contextlib)]
 
     def __init__(self, n: int) -> None:
         self.left = n

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fourbit.testing
-from fourbit import registry
+from fourbit import plugins, registry
 from tests.rocm.gcn.backend import EmulatedBackend
 
 PARAMETERS = 6
@@ -80,7 +80,7 @@ def test_conformance(module, arch, device, tmp_path, monkeypatch):
     most = None if os.environ.get("FOURBIT_ALL_PARAMETERS") == "1" else PARAMETERS
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     thinned = Thinned(arch, most)
-    registry.load_plugins()
+    plugins.load()
     # more units than elsewhere: the emulator runs workgroups side by side faster than one tile after another
     registry.register(EmulatedBackend(device, arch, units=4))
     threads = torch.get_num_threads()

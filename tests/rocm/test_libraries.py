@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fourbit_rocm
-from fourbit import registry
+from fourbit import plugins
 from fourbit.backend import OpQuery
 from fourbit_rocm import codeobject, libraries, linear, requirements, targets
 
@@ -149,7 +149,7 @@ def test_a_second_runtime_is_named(monkeypatch):
 
 
 def test_listed_everywhere_and_ready_under_rocm(monkeypatch):
-    (info,) = [info for info in registry.backends() if info.name == "rocm"]
+    (info,) = [info for info in plugins.backends() if info.name == "rocm"]
     if torch.version.hip is None:
         assert info.state == "unavailable" and "built without ROCm" in info.reason
     found = []

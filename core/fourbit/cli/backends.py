@@ -19,8 +19,8 @@ def backends(
     """List every backend in the order in which they are asked, with its state and the reason."""
     import warnings
 
+    from fourbit.plugins import backends as find
     from fourbit.registry import BackendWarning
-    from fourbit.registry import backends as find
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BackendWarning)  # the table says the same, and more

@@ -99,14 +99,11 @@ def _sentence(model: Any, tokenizer: Any) -> str:
 
 def describe(found: Any) -> dict[str, Any]:
     """A resolution of an op as JSON values: what ran, and why nothing before it."""
-    from fourbit.backend import Backend
-
     query = found.query
-    composed = getattr(type(found.backend), query.op) is getattr(Backend, query.op)
     return {
         "op": query.op,
         "backend": found.entry.name,
-        "composed_of_other_ops": composed,
+        "composed_of_other_ops": found.backend.composes(query.op),
         "device": str(query.device),
         "dtype": str(query.dtype).removeprefix("torch."),
         "blocksize": query.blocksize,

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fourbit import plugins
 from fourbit.plans import known
 from fourbit.plans.layer import TRANSPOSED_MODELS, Layer, kind_by_name, role_by_name
 from fourbit.plans.model import describe_model
 
 if TYPE_CHECKING:
     from fourbit.checkpoint.reader import Checkpoint, TensorInfo
+
+
+_UNKNOWN = "its config.json names no class that a plugin knows"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ def describe_folder(folder: Path) -> DescribedFolder:
     with Checkpoint(folder) as checkpoint:
         packed = set(checkpoint.quantized()) | checkpoint.companions()
         names = tuple(name for name in checkpoint.entries if name not in packed)
-        model, reason = known.ask(checkpoint.config, names)
+        model, reason = plugins.ask("fourbit_describe_model", known.KnownModel, config=checkpoint.config, names=names)
         by_name = _by_names(checkpoint)
         described = _by_model(model, checkpoint, by_name) if model is not None else by_name
         layers = [
@@ -45,7 +49,7 @@ def describe_folder(folder: Path) -> DescribedFolder:
             for name in checkpoint.entries
         ]
         if model is None:
-            return DescribedFolder(layers, list(described.values()), f"names ({reason})")
+            return DescribedFolder(layers, list(described.values()), f"names ({reason or _UNKNOWN})")
         return DescribedFolder(layers, describe_model(model.model), model.source)
 
 

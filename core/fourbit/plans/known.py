@@ -1,7 +1,6 @@
 """Models that a plugin knows: the class that a folder's config.json names, built without weights.
 
-Plugins are the modules that entry points of the group `fourbit.models` name. They are imported when a folder is
-planned, never by `import fourbit`; what one breaks is a reason to judge by names, and no more.
+What a plugin of the group `fourbit.models` needs: the record that its hook returns, and how to build a model for it.
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as registration
-
-GROUP = "fourbit.models"
 
 MOST_SECONDS = 60.0
 """Longest that a model is built for."""
@@ -47,44 +43,6 @@ class KnownModel:
     model: nn.Module
     targets: Mapping[str, Target] = field(repr=False)
     source: str
-
-
-def ask(config: dict[str, Any], names: tuple[str, ...]) -> tuple[KnownModel | None, str]:
-    """The model of a folder with this config.json and these tensors, and why there is none."""
-    reasons = []
-    for plugin, describe in _plugins().items():
-        try:
-            found = describe(config=config, names=names)
-            if isinstance(found, KnownModel):
-                return found, ""
-            if found is not None:
-                reasons.append(f"{plugin} returned {type(found).__name__}, not a KnownModel")
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # such as a panic of a library in Rust
-            reasons.append(f"{plugin}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    return None, "; ".join(reasons) or "its config.json names no class that a plugin knows"
-
-
-@cache
-def _plugins() -> dict[str, Callable[..., Any]]:
-    """The hook of each plugin, by the entry point's name; one that cannot be imported raises when it is asked."""
-    from importlib.metadata import entry_points
-
-    def load(entry_point: Any) -> Callable[..., Any]:
-        import pluggy
-
-        from fourbit import hookspecs
-
-        def ask_one(**arguments: Any) -> Any:
-            manager = pluggy.PluginManager("fourbit")
-            manager.add_hookspecs(hookspecs)
-            manager.register(entry_point.load(), name=entry_point.name)
-            return manager.hook.fourbit_describe_model(**arguments)
-
-        return ask_one
-
-    return {ep.name: load(ep) for ep in sorted(entry_points(group=GROUP), key=lambda ep: ep.name)}
 
 
 class TooLargeError(RuntimeError):

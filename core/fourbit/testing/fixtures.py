@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fourbit import dispatch, registry
+from fourbit import dispatch, plugins, registry
 from fourbit.backend import Backend, OpQuery
 from fourbit_pytest import SUITE, USAGE
 
@@ -18,14 +18,14 @@ Need = Callable[..., None]
 def check_options(config: pytest.Config) -> None:
     """Raise UsageError unless --backend names a ready backend and there is a device to test it on."""
     name = config.getoption("--backend", None)
-    ready = ", ".join(info.name for info in registry.backends() if info.state == "ready")
+    ready = ", ".join(info.name for info in plugins.backends() if info.state == "ready")
     if not name:
         raise pytest.UsageError(f"{SUITE} tests one backend: {USAGE}\nReady here: {ready}")
-    infos = [info for info in registry.backends() if info.name == name]
+    infos = [info for info in plugins.backends() if info.name == name]
     if not any(info.state == "ready" for info in infos):
         why = "".join(f"\n{info.name} is {info.state}: {info.reason}\n{info.traceback}" for info in infos)
         raise pytest.UsageError(f"there is no ready backend {name!r}; ready here: {ready}{why}")
-    _choose_device(config, registry.get_backend(name))
+    _choose_device(config, plugins.get_backend(name))
 
 
 def _choose_device(config: pytest.Config, backend: Backend) -> torch.device:
@@ -45,7 +45,7 @@ def _choose_device(config: pytest.Config, backend: Backend) -> torch.device:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    backend = registry.get_backend(config.getoption("--backend"))
+    backend = plugins.get_backend(config.getoption("--backend"))
     return f"fourbit: conformance of backend {backend.name!r} on {_choose_device(config, backend)}"
 
 

@@ -82,6 +82,12 @@ def test_describe(backend, device):
             assert isinstance(line, str) and line.strip() and "\n" not in line
 
 
+def test_composes(backend):
+    """Which ops are left to the base class is seen in the class, and not the backend's to say."""
+    for op in OPS:
+        assert backend.composes(op) == Backend.composes(backend, op)
+
+
 def test_listed(backend):
     """`fourbit.backends()` says that it is ready, and where it came from."""
     (info,) = [info for info in fourbit.backends() if (info.name, info.state) == (backend.name, "ready")]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import fourbit
-from fourbit import registry
+from fourbit import plugins, registry
 from fourbit.checkpoint import Checkpoint
 from fourbit.cli import console
 from fourbit.cli.app import app
@@ -167,7 +167,7 @@ def test_backends():
 def test_backends_that_failed(monkeypatch):
     trace = "Traceback (most recent call last):\n  boom\nImportError: no [driver]"
     broken = registry.BackendInfo("toy", "failed", "ImportError: no [driver]", traceback=trace)
-    monkeypatch.setattr(registry, "backends", lambda: [broken])
+    monkeypatch.setattr(plugins, "backends", lambda: [broken])
     assert "Traceback" not in ok("backends").stdout and "-v" in run("backends").stderr
     assert "no [driver]" in ok("backends").stdout
     assert trace in ok("backends", "-v").stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fourbit
+from fourbit import plugins
+from fourbit.hookspecs import hookimpl
 from fourbit.plans import known
 from tests.folders import folder_of
 
@@ -30,11 +33,21 @@ class WithSubclass(nn.Module):
         self.register_buffer("table", torch.randn(64, 64))
 
 
-class Plugin:
-    """Stands for an entry point of the group."""
+@pytest.fixture(autouse=True)
+def no_other_plugin(monkeypatch):
+    """A manager of this test's own, and nothing installed that it could load."""
+    monkeypatch.setattr(plugins, "_manager", None)
+    monkeypatch.setattr(plugins, "_models", lambda: [])
 
-    def __init__(self, monkeypatch, answer, name="toy"):
-        monkeypatch.setattr(known, "_plugins", lambda: {name: answer})
+
+installed = plugins._models.__wrapped__  # without its cache
+
+
+def plug_in(answer, name="toy"):
+    """Register a plugin that describes models by `answer`."""
+    plugin = ModuleType(name)
+    plugin.fourbit_describe_model = hookimpl(answer)
+    plugins.manager().register(plugin, name)
 
 
 def answer_with(model):
@@ -47,10 +60,10 @@ def answer_with(model):
     return describe
 
 
-def test_a_known_class_says_what_its_layers_are(monkeypatch, tmp_path):
+def test_a_known_class_says_what_its_layers_are(tmp_path):
     model = WithSubclass()
     folder = folder_of(model, tmp_path / "f")
-    Plugin(monkeypatch, answer_with(WithSubclass))
+    plug_in(answer_with(WithSubclass))
     stored, held = fourbit.plan(folder), fourbit.plan(model)
     assert stored.described_by == "a toy"
     rules = {t.name: t.rule for t in stored.tensors}
@@ -68,7 +81,7 @@ class Rearranged(nn.Module):
         self.experts.up_proj = nn.Parameter(torch.empty(2, 64, 64))
 
 
-def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(monkeypatch, tmp_path):
+def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(tmp_path):
     targets = {
         "qk.weight": known.Target(("q.weight", "k.weight"), rearranged=True),
         "blk.o.weight": known.Target(("out.weight",)),
@@ -78,7 +91,7 @@ def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(monkeypatch, tm
     }
     save_file({n: torch.randn(128 if n == "qk.weight" else 64, 64) for n in targets}, tmp_path / "model.safetensors")
     model = Rearranged().to("meta")
-    Plugin(monkeypatch, lambda config, names: known.KnownModel(model, targets, "a toy"))
+    plug_in(lambda config, names: known.KnownModel(model, targets, "a toy"))
     planned = fourbit.plan(tmp_path)
     left = {t.name: t.rule for t in planned.skipped}
     assert left.keys() == {"qk.weight", "head.weight"} and left["head.weight"] == "output head"
@@ -110,9 +123,9 @@ def leaves(config, names):
         (lambda config, names: None, "names (its config.json names no class that a plugin knows)"),
     ),
 )
-def test_a_plugin_that_does_not_answer_leaves_names_and_its_reason(monkeypatch, tmp_path, answer, reason):
+def test_a_plugin_that_does_not_answer_leaves_names_and_its_reason(tmp_path, answer, reason):
     folder = folder_of(WithSubclass(), tmp_path / "f")
-    Plugin(monkeypatch, answer)
+    plug_in(answer)
     planned = fourbit.plan(folder)
     assert planned.described_by == reason and reason in planned.summary()
     assert {t.rule for t in planned.tensors if t.module == "x_embedder"} >= {"embedding"}
@@ -142,6 +155,22 @@ def fourbit_describe_model(config, names):
 """
 
 
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """`install(name=source)`: modules that entry points of the group name."""
+
+    def make(**modules):
+        found = []
+        for name, source in modules.items():
+            (tmp_path / f"models_{tmp_path.name}_{name}.py").write_text(source)
+            found.append(EntryPoint(name, f"models_{tmp_path.name}_{name}", plugins.MODELS))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group))
+        monkeypatch.setattr(plugins, "_models", installed)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("modules", "described_by"),
     (
@@ -153,19 +182,11 @@ def fourbit_describe_model(config, names):
         ),
     ),
 )
-def test_plugins_come_through_entry_points(monkeypatch, tmp_path, modules, described_by):
-    found = []
-    for name, source in modules.items():
-        (tmp_path / f"models_{tmp_path.name}_{name}.py").write_text(source)
-        found.append(EntryPoint(name, f"models_{tmp_path.name}_{name}", known.GROUP))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: EntryPoints(found).select(group=group))
-    known._plugins.cache_clear()
-    try:
-        folder = folder_of(nn.Sequential(nn.Linear(64, 64)), tmp_path / "f")
+def test_plugins_come_through_entry_points(install, tmp_path, modules, described_by):
+    install(**modules)
+    folder = folder_of(nn.Sequential(nn.Linear(64, 64)), tmp_path / "f")
+    for _ in range(2):
         assert fourbit.plan(folder).described_by == described_by
-    finally:
-        known._plugins.cache_clear()
 
 
 def test_a_model_of_absurd_size_is_not_built():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourbit import registry
+from fourbit import plugins, registry
 from tests.core.testing import broken
 
 
@@ -49,7 +49,7 @@ def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunSu
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
     def run(fault: type[broken.Unbroken], tests: Iterable[str]) -> Outcome:
-        registry.load_plugins()
+        plugins.load()
         registry.register(fault())
         try:
             outcome = Outcome()

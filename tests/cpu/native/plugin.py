@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from fourbit import registry
+from fourbit import plugins, registry
 from tests.cpu.native.backend import NativeServerBackend
 from tests.cpu.native.client import Server
 
@@ -16,7 +16,7 @@ from tests.cpu.native.client import Server
 def pytest_configure(config: pytest.Config) -> None:
     command, isa = json.loads(os.environ["FOURBIT_TEST_SERVER"])
     config.stash[SERVER] = Server(command, isa)
-    registry.load_plugins()
+    plugins.load()
     registry.register(NativeServerBackend(config.stash[SERVER]))
 
 
