@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fourbit.checkpoint import layout, manifest, snapshot
+from fourbit.checkpoint import manifest, snapshot
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.snapshot import Snapshot
+from fourbit.checkpoint.weight_files import MANIFEST_FILE, find_files
 
 UNFINISHED = ".unfinished"
 """How the name of a folder ends that is being written; it begins with a dot and DST's name."""
@@ -126,7 +127,10 @@ def _strangers(dst: Path, found: Snapshot) -> list[str]:
     except CheckpointError:  # damaged; the usual names must do
         listing = None
     if listing is not None:  # with it every file that was written is known, and a model card may be the user's own
-        known = {entry["file"] for entry in listing["tensors"].values()} | {layout.MANIFEST_FILE, *listing["files"]}
+        known = {entry["file"] for entry in listing["tensors"].values()} | {
+            MANIFEST_FILE,
+            *listing["files"],
+        }
         names = _OF_TOOLS
     else:
         known = _opened(dst)
@@ -140,7 +144,7 @@ def _strangers(dst: Path, found: Snapshot) -> list[str]:
 def _opened(folder: Path) -> set[str]:
     """Names of the weight files that reading the folder would open."""
     try:
-        return {file.name for file in layout.find_files(folder).files}
+        return {file.name for file in find_files(folder).files}
     except CheckpointError:  # damaged, or several models
         return set()
 

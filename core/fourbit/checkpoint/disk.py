@@ -1,4 +1,4 @@
-"""Writing files of a checkpoint: each under a temporary name, flushed to the disk, then renamed."""
+"""Files and names that outlast a power cut: written under a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import Tensor
-
-from fourbit.checkpoint.errors import CheckpointError, LayoutError
-from fourbit.checkpoint.reader import META_MARK
-from fourbit.checkpoint.shards import Item, Part, Shard
+from fourbit.checkpoint.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 22
+"""What is hashed, and read or written, at once: small enough for the processor's cache."""
 
 
 @contextmanager
@@ -55,57 +51,6 @@ def _json_text(value: Mapping[str, Any]) -> bytes:
         return json.dumps(value, indent=2).encode()
 
 
-class ShardWriter:
-    """One output file, written item by item in the order of its layout.
-
-    A stream that is at its beginning gets the header first; one at the end of an item is continued.
-    Raises LayoutError if what is written is not what the layout says.
-    """
-
-    def __init__(self, stream: IO[bytes], shard: Shard) -> None:
-        self._stream = stream
-        if stream.tell() == 0:
-            stream.write(shard.header)
-
-    def write(self, item: Item, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """The tensors of one item, by name: CPU tensors with the layout's dtypes and shapes.
-
-        Returns the SHA-256 of each, in hexadecimal, by name.
-        """
-        return {part.name: self._write(data) for part, data in _parts(item, tensors)}
-
-    def _write(self, data: memoryview) -> str:
-        digest = hashlib.sha256()
-        for start in range(0, len(data), CHUNK_BYTES):  # small enough to be hashed and written from the cache
-            chunk = data[start : start + CHUNK_BYTES]
-            digest.update(chunk)
-            self._stream.write(chunk)
-        return digest.hexdigest()
-
-
-def hashes_of(item: Item, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What `ShardWriter.write` returns, without writing."""
-    return {part.name: hashlib.sha256(data).hexdigest() for part, data in _parts(item, tensors)}
-
-
-def _parts(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Part, memoryview]]:
-    if set(tensors) != {part.name for part in item.parts}:
-        raise LayoutError(f"{item.source}: got {sorted(tensors)}, not what the layout says")
-    return ((part, _data(part, tensors[part.name])) for part in item.parts)
-
-
-def _data(part: Part, tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, little-endian as on every machine that torch runs on."""
-    if META_MARK in part.name and tensor.numel() <= part.nbytes:
-        tensor = torch.nn.functional.pad(tensor, (0, part.nbytes - tensor.numel()), value=ord(" "))
-    if tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
-        raise LayoutError(f"{part.name}: want {part.dtype} {list(part.shape)}, got {tensor.dtype} {list(tensor.shape)}")
-    if not tensor.numel():
-        return memoryview(b"")
-    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return data
-
-
 def copy_files(names: Iterable[str], src: Path, dst: Path) -> None:
     """Copy files of `src` by their relative names, with subfolders.
 
@@ -120,3 +65,35 @@ def copy_files(names: Iterable[str], src: Path, dst: Path) -> None:
             raise CheckpointError(f"the source's {src / relative} cannot be read: {error.strerror or error}") from error
         with read, atomic_file(target) as written:
             shutil.copyfileobj(read, written)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync_folder` for a folder and all below it."""
+    for inner, _, _ in os.walk(folder, topdown=False):
+        sync_folder(Path(inner))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # Windows
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems
+    finally:
+        os.close(descriptor)
+
+
+def hash_of(stream: IO[bytes], nbytes: int) -> str | None:
+    """The SHA-256 of the next bytes of a file, in hexadecimal; None if it has not so many."""
+    digest = hashlib.sha256()
+    while nbytes:
+        chunk = stream.read(min(nbytes, CHUNK_BYTES))
+        if not chunk:
+            return None
+        digest.update(chunk)
+        nbytes -= len(chunk)
+    return digest.hexdigest()

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fourbit.checkpoint import layout, source
+from fourbit.checkpoint import source, untrusted, weight_files
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.state import MAX_META_BYTES, QuantState
 
@@ -113,7 +113,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = source.located(path)
-        found = layout.find_files(self.path)
+        found = weight_files.find_files(self.path)
         self.files, self.index, self.stem, self._weight_map = found.files, found.index, found.stem, found.weight_map
         self.metadata: dict[str, str] = {}
         self.entries = _by_name(self.path, (info for file in self.files for info in self._scan(file)))
@@ -144,7 +144,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json beside the weights, {} if there is none."""
-        return layout.own_json(self.folder, layout.CONFIG_FILE)
+        return untrusted.own_json(self.folder, weight_files.CONFIG_FILE)
 
     @property
     def folder(self) -> Path:
@@ -270,7 +270,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(stream.read(8), "little")
             if length > os.fstat(stream.fileno()).st_size:
                 raise ValueError("it changes while it is read")
-            header = json.loads(stream.read(length), object_pairs_hook=layout.unique_names)
+            header = json.loads(stream.read(length), object_pairs_hook=untrusted.unique_names)
     except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
     if header.keys() - {"__metadata__"} != names:

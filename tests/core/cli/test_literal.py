@@ -127,9 +127,9 @@ def test_bars_and_tables(monkeypatch):
     made.print(EVIL, style="bold")
     made.rule(EVIL)
     monkeypatch.setattr(console, "err", made)
-    for bar in (console.byte_progress(), console.step_progress()):
-        with bar:
-            bar.add_task(EVIL, total=1)
+    for in_bytes in (True, False):
+        with console.bar(EVIL, in_bytes=in_bytes) as advance:
+            advance(1, 1)
     text = re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", stream.getvalue()).replace("\r", "")  # rich's own
     assert harmless(text)
     assert text.count(SHOWN) >= 5 and "\N{BOMB}" not in text

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from fourbit.cli import workers
 from tests.folders import write_folder
 
 FOURBIT = [sys.executable, "-m", "fourbit.cli"]
@@ -60,21 +59,3 @@ def test_closed_pipe(src):
     command = f"'{sys.executable}' -m fourbit.cli inspect '{src}' | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
-
-
-def test_worker_reports(tmp_path, monkeypatch):
-    """Progress and result come through, whatever else the worker prints."""
-    (tmp_path / "toy_worker.py").write_text(
-        "import sys\n"
-        "from fourbit.cli.workers import Channel\n"
-        "c = Channel(); print('noise'); c.progress(1, 2); c.progress(2, 2)\n"
-        "if sys.argv[1] == 'die': raise ValueError('no luck')\n"
-        "c.result({'answer': 42})\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    seen = []
-    assert workers.run("toy", "toy_worker", ["live"], lambda *step: seen.append(step)) == {"answer": 42}
-    assert seen == [(1, 2), (2, 2)]
-    with pytest.raises(workers.WorkerError, match="^toy failed: ValueError: no luck$") as failed:
-        workers.run("toy", "toy_worker", ["die"])
-    assert "Traceback" in failed.value.details
