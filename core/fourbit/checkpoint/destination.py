@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fourbit.checkpoint import manifest, snapshot
-from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.errors import CheckpointError, first_of
 from fourbit.checkpoint.snapshot import Snapshot
 from fourbit.checkpoint.weight_files import MANIFEST_FILE, find_files
 
@@ -78,7 +78,7 @@ def check(
     others = _strangers(dst, found)
     if others:
         raise CheckpointError(
-            f"the destination {dst} holds something else than a model, and is not replaced: {_names(others)}."
+            f"the destination {dst} holds something else than a model, and is not replaced: {first_of(others, _NAMED)}."
             " Move it elsewhere, or choose another destination"
         )
     return found
@@ -89,8 +89,9 @@ def require_same(replaces: Snapshot, folder: Path, dst: Path) -> None:
     changes = snapshot.differences(replaces, folder)
     if changes:
         raise CheckpointError(
-            f"the destination {dst} is not what it was when the run began, and is not replaced: {_names(changes)}."
-            f" What is done so far is in {unfinished_folder(dst)}: move {dst} elsewhere, then --resume finishes"
+            f"the destination {dst} is not what it was when the run began, and is not replaced:"
+            f" {first_of(changes, _NAMED)}. What is done so far is in {unfinished_folder(dst)}: move {dst} elsewhere,"
+            " then --resume finishes"
         )
 
 
@@ -147,8 +148,3 @@ def _opened(folder: Path) -> set[str]:
         return {file.name for file in find_files(folder).files}
     except CheckpointError:  # damaged, or several models
         return set()
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

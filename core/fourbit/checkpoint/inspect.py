@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     Raises CheckpointError, naming the tensor or file, for anything malformed.
     """
     with Checkpoint(path) as checkpoint:
-        companions = checkpoint.companions()
-        tensors = tuple(_facts(checkpoint, name) for name in checkpoint.entries if name not in companions)
         files = tuple(file.name for file in checkpoint.files)
-        return Inspection(checkpoint.path, _kind(checkpoint), tensors, files)
+        return Inspection(checkpoint.path, _kind(checkpoint), tuple(list_tensors(checkpoint)), files)
+
+
+def list_tensors(checkpoint: Checkpoint) -> Iterator[TensorFacts]:
+    """Every tensor, in the order of the files."""
+    companions = checkpoint.companions()
+    return (_facts(checkpoint, name) for name in checkpoint.entries if name not in companions)
 
 
 def _facts(checkpoint: Checkpoint, name: str) -> TensorFacts:

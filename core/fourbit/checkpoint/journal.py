@@ -89,6 +89,14 @@ def read(folder: Path) -> Records | None:
     return Records(head["fingerprint"], snapshot.from_json(head.get("replaces")), hashes)
 
 
+def read_own(folder: Path) -> Records | None:
+    """`read`; None also for a journal that this version of fourbit does not understand."""
+    try:
+        return read(folder)
+    except CheckpointError:
+        return None
+
+
 def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 

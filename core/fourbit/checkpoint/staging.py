@@ -164,7 +164,7 @@ def tidy(dst: Path) -> Path | None:
     stage = Stage(dst)
     kept = None
     try:
-        begun = _begun(folder)
+        begun = journal.read_own(folder)
         if os.path.lexists(stage.replaced):
             if not os.path.lexists(dst):
                 os.rename(stage.replaced, dst)
@@ -180,14 +180,6 @@ def tidy(dst: Path) -> Path | None:
     finally:
         stage.release(discard=not os.path.lexists(stage.data))
     return kept
-
-
-def _begun(folder: Path) -> journal.Records | None:
-    """The journal in an unfinished folder; None if there is none that this version of fourbit understands."""
-    try:
-        return journal.read(folder)
-    except CheckpointError:
-        return None
 
 
 def is_unfinished(path: Path) -> bool:

@@ -179,10 +179,7 @@ def unknown_files(folder: Path, listing: dict[str, Any], checkpoint: Checkpoint)
 def _unfinished(left: Path) -> str:
     """That a folder is unfinished, and what continues it."""
     folder = left.parent if left.name == staging.DATA_FOLDER else left
-    try:
-        begun = journal.read(folder)
-    except CheckpointError:
-        begun = None
+    begun = journal.read_own(folder)
     command = "the command that began it, with --resume,"
     if begun is not None:
         settings = begun.fingerprint.get("settings")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourbit.checkpoint import untrusted
-from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.errors import CheckpointError, first_of
 
 STEMS = ("model", "diffusion_pytorch_model")
 """What weight files are called by transformers, and by diffusers."""
@@ -108,8 +108,7 @@ def _parts(path: Path) -> str:
     folders = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = sorted(f"{p.name}/" for p in folders if next(p.glob("*.safetensors"), None) is not None)
     found += sorted(p.name for p in path.glob("*.safetensors"))
-    more = f" and {len(found) - MOST_PARTS} more" if len(found) > MOST_PARTS else ""
-    return f"it has weights in {', '.join(found[:MOST_PARTS])}{more}: name one of these" if found else ""
+    return f"it has weights in {first_of(found, MOST_PARTS)}: name one of these" if found else ""
 
 
 def _single(path: Path, folder: Path) -> WeightFiles:

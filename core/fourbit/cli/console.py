@@ -24,21 +24,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fourbit.literal import literal
+
 PIPED_WIDTH = 160
 """Columns where stdout is no terminal and COLUMNS is not set: rows stay in one line."""
-
-
-def literal(text: str) -> str:
-    """Text as it is, but for characters that a terminal does not show: those are written as escapes.
-
-    These are control characters (line breaks, too), marks that turn the direction of writing, and whatever else
-    Unicode does not count as printable.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class LiteralConsole(Console):
