@@ -54,6 +54,18 @@ def test_commands_import_nothing_heavy():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_the_list_of_commands_imports_no_library():
+    """Nor does the demo's command, which a plugin adds, before it runs."""
+    code = (
+        "import sys; from fourbit.cli.app import app; app(['--help'], standalone_mode=False)\n"
+        "assert 'fourbit_transformers.demo.command' in sys.modules\n"
+        "heavy = ('transformers', 'fourbit.nn', 'fourbit.checkpoint', 'safetensors')\n"
+        "print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "demo" in done.stdout and done.stderr.strip() == "[]"
+
+
 def test_closed_pipe(src):
     """`fourbit inspect … | head -1` ends without a traceback."""
     command = f"'{sys.executable}' -m fourbit.cli inspect '{src}' | head -1"
