@@ -108,7 +108,6 @@ def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> li
             items.append(plain_item(info))
             continue
         state = checkpoint.state(name)
-        checkpoint.check_packed(name, state)
         kind = dtype or state.dtype
         part = Part(name, kind, tuple(state.shape), state.numel * kind.itemsize)
         items.append(Item(name, False, (part,)))

@@ -137,7 +137,6 @@ def _facts(checkpoint: Checkpoint, name: str) -> TensorFacts:
             *(name, info.shape, dtype, None, None, dtype, info.numel, info.nbytes, 0, info.file.name),
         )
     state = checkpoint.state(name)
-    checkpoint.check_packed(name, state)
     stored = info.nbytes + sum(checkpoint.info(part).nbytes for part in parts)
     return TensorFacts(
         *(name, tuple(state.shape), state.quant_type, state.blocksize, state.double_quant),
