@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from fourbit.cli import sample_model
 from fourbit.state import quantized_nbytes
+from fourbit_transformers.demo import sample_model
 from tests.support import skip_or_fail
 
 pytestmark = pytest.mark.long

@@ -6,9 +6,8 @@ Sums are float64, over pieces of a million elements; in memory is one tensor of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.inspect import TensorFacts, list_tensors
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.functional import dequantize_4bit
-from fourbit.state import dtype_name
 
 _PIECE = 1 << 20
 _HEAD = "lm_head.weight"
@@ -147,7 +146,7 @@ def compare_checkpoints(
     that are not finite are the error of that tensor only.
     """
     with Checkpoint(a) as left, Checkpoint(b) as right:
-        names_a, names_b = _weights(left), _weights(right)
+        names_a, names_b = ({t.name: t for t in list_tensors(side)} for side in (left, right))
         tied_a, tied_b = _tied_embedding(left, names_a), _tied_embedding(right, names_b)
         pairs = {name: found for name in names_a if (found := _counterpart(name, right, names_b, tied_b)) is not None}
         used = set(pairs.values())
@@ -155,11 +154,11 @@ def compare_checkpoints(
         only_b = [name for name in names_b if name not in used and _counterpart(name, left, names_a, tied_a) is None]
         if not pairs:
             raise CheckpointError(f"{left.path} and {right.path} have no tensor name in common")
-        total, whole, done = sum(prod(names_a[name]) for name in pairs), _Sums(), 0
+        total, whole, done = sum(names_a[name].parameters for name in pairs), _Sums(), 0
         found_list = []
         for name, name_b in pairs.items():
-            found_list.append(_difference(left, right, name, name_b, (names_a[name], names_b[name_b]), whole))
-            done += prod(names_a[name])
+            found_list.append(_difference(left, right, names_a[name], names_b[name_b], whole))
+            done += names_a[name].parameters
             if progress is not None:
                 progress(name, done, total)
         only_a = tuple(name for name in names_a if name not in pairs)
@@ -170,23 +169,13 @@ def compare_checkpoints(
         return Comparison(left.path, right.path, ranked, only_a, tuple(only_b), all_of_it)
 
 
-def _weights(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights; of a 4-bit one the shape that it has when dequantized."""
-    companions, quantized = checkpoint.companions(), checkpoint.quantized()
-    return {
-        name: tuple(checkpoint.state(name).shape) if name in quantized else info.shape
-        for name, info in checkpoint.entries.items()
-        if name not in companions
-    }
-
-
-def _tied_embedding(checkpoint: Checkpoint, names: dict[str, tuple[int, ...]]) -> str | None:
+def _tied_embedding(checkpoint: Checkpoint, names: Mapping[str, TensorFacts]) -> str | None:
     """The tensor that an output head without one of its own is tied to."""
     found = [n for n in names if n.endswith(_EMBEDDINGS)] if checkpoint.config.get("tie_word_embeddings") else []
     return found[0] if len(found) == 1 else None
 
 
-def _counterpart(name: str, other: Checkpoint, names: dict[str, tuple[int, ...]], tied: str | None) -> str | None:
+def _counterpart(name: str, other: Checkpoint, names: Mapping[str, TensorFacts], tied: str | None) -> str | None:
     """The name under which `other` has the tensor: its own, or that of the tensor which it is tied to."""
     if name in names:
         return name
@@ -196,17 +185,14 @@ def _counterpart(name: str, other: Checkpoint, names: dict[str, tuple[int, ...]]
     return tied if name.endswith(_HEAD) else None
 
 
-def _difference(
-    a: Checkpoint, b: Checkpoint, name: str, name_b: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], whole: _Sums
-) -> TensorDifference:
-    shape, shape_b = shapes
-    base = (name, name_b, shape, _type(a, name), _type(b, name_b), prod(shape))
-    if shape != shape_b:
-        return TensorDifference(*base, error=f"shape {list(shape)} in A and {list(shape_b)} in B")
-    left, right = _Flat(a, name), _Flat(b, name_b)
-    sums = _Sums(count=prod(shape))
+def _difference(a: Checkpoint, b: Checkpoint, in_a: TensorFacts, in_b: TensorFacts, whole: _Sums) -> TensorDifference:
+    base = (in_a.name, in_b.name, in_a.shape, in_a.type, in_b.type, in_a.parameters)
+    if in_a.shape != in_b.shape:
+        return TensorDifference(*base, error=f"shape {list(in_a.shape)} in A and {list(in_b.shape)} in B")
+    left, right = _flat(a, in_a), _flat(b, in_b)
+    sums = _Sums(count=in_a.parameters)
     for start in range(0, sums.count, _PIECE):
-        x, y = left.piece(start), right.piece(start)
+        x, y = _piece(left, start), _piece(right, start)
         odd = ~(torch.isfinite(x) & torch.isfinite(y))
         if bool(odd.any()):
             if not torch.equal(x[odd], y[odd]):  # NaN, or an infinity on one side only
@@ -227,25 +213,16 @@ def _difference(
     return TensorDifference(*base, **sums.figures())
 
 
-def _type(checkpoint: Checkpoint, name: str) -> str:
-    if name in checkpoint.quantized():
-        return checkpoint.state(name).quant_type
-    return dtype_name(checkpoint.info(name).dtype)
+def _flat(checkpoint: Checkpoint, tensor: TensorFacts) -> Tensor:
+    """A weight as one row of numbers."""
+    if tensor.is_4bit:
+        return dequantize_4bit(*checkpoint.read_4bit(tensor.name)).reshape(-1)
+    return checkpoint.read(tensor.name).reshape(-1)
 
 
-class _Flat:
-    """A weight read once and handed out in pieces of float64; of complex numbers both parts."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._tensor: Tensor
-        if name in checkpoint.quantized():
-            self._tensor = dequantize_4bit(*checkpoint.read_4bit(name)).reshape(-1)
-        else:
-            self._tensor = checkpoint.read(name).reshape(-1)
-
-    def piece(self, start: int) -> Tensor:
-        """`_PIECE` elements from `start`, fewer at the end."""
-        part = self._tensor[start : start + _PIECE]
-        if part.is_complex():
-            part = torch.view_as_real(part).reshape(-1)
-        return part.to(torch.float64)
+def _piece(flat: Tensor, start: int) -> Tensor:
+    """`_PIECE` elements from `start`, fewer at the end, in float64; of complex numbers both parts."""
+    part = flat[start : start + _PIECE]
+    if part.is_complex():
+        part = torch.view_as_real(part).reshape(-1)
+    return part.to(torch.float64)

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fourbit.checkpoint import layout, manifest, snapshot
-from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint import manifest, snapshot
+from fourbit.checkpoint.errors import CheckpointError, first_of
 from fourbit.checkpoint.snapshot import Snapshot
+from fourbit.checkpoint.weight_files import MANIFEST_FILE, find_files
 
 UNFINISHED = ".unfinished"
 """How the name of a folder ends that is being written; it begins with a dot and DST's name."""
@@ -77,7 +78,7 @@ def check(
     others = _strangers(dst, found)
     if others:
         raise CheckpointError(
-            f"the destination {dst} holds something else than a model, and is not replaced: {_names(others)}."
+            f"the destination {dst} holds something else than a model, and is not replaced: {first_of(others, _NAMED)}."
             " Move it elsewhere, or choose another destination"
         )
     return found
@@ -88,8 +89,9 @@ def require_same(replaces: Snapshot, folder: Path, dst: Path) -> None:
     changes = snapshot.differences(replaces, folder)
     if changes:
         raise CheckpointError(
-            f"the destination {dst} is not what it was when the run began, and is not replaced: {_names(changes)}."
-            f" What is done so far is in {unfinished_folder(dst)}: move {dst} elsewhere, then --resume finishes"
+            f"the destination {dst} is not what it was when the run began, and is not replaced:"
+            f" {first_of(changes, _NAMED)}. What is done so far is in {unfinished_folder(dst)}: move {dst} elsewhere,"
+            " then --resume finishes"
         )
 
 
@@ -126,7 +128,10 @@ def _strangers(dst: Path, found: Snapshot) -> list[str]:
     except CheckpointError:  # damaged; the usual names must do
         listing = None
     if listing is not None:  # with it every file that was written is known, and a model card may be the user's own
-        known = {entry["file"] for entry in listing["tensors"].values()} | {layout.MANIFEST_FILE, *listing["files"]}
+        known = {entry["file"] for entry in listing["tensors"].values()} | {
+            MANIFEST_FILE,
+            *listing["files"],
+        }
         names = _OF_TOOLS
     else:
         known = _opened(dst)
@@ -140,11 +145,6 @@ def _strangers(dst: Path, found: Snapshot) -> list[str]:
 def _opened(folder: Path) -> set[str]:
     """Names of the weight files that reading the folder would open."""
     try:
-        return {file.name for file in layout.find_files(folder).files}
+        return {file.name for file in find_files(folder).files}
     except CheckpointError:  # damaged, or several models
         return set()
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

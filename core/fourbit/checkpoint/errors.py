@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CheckpointError(ValueError):
     """A checkpoint is malformed, incomplete or not what was asked for; the message names what it is about."""
@@ -13,3 +15,9 @@ class LayoutError(CheckpointError):
 
 class SourceChangedError(CheckpointError):
     """The source changed while it was read, so that what was written is of no use."""
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Names for a message: so many at most, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -8,37 +8,40 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fourbit.checkpoint import layout, others
+from fourbit.checkpoint import others, untrusted
+from fourbit.checkpoint.disk import hash_of
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.output import hash_of
+from fourbit.checkpoint.file_layout import Shard
 from fourbit.checkpoint.reader import Checkpoint
-from fourbit.checkpoint.shards import Shard
+from fourbit.checkpoint.weight_files import CONFIG_FILE
 from fourbit.version import __version__
 
 
-def of(checkpoint: Checkpoint, settings: dict[str, Any], layouts: Iterable[Shard]) -> dict[str, Any]:
+def of(
+    checkpoint: Checkpoint, beside: others.Others, settings: dict[str, Any], shards: Iterable[Shard]
+) -> dict[str, Any]:
     """The fingerprint of a run: `settings` as JSON values, fourbit's version, the output's headers, the source."""
-    headers = hashlib.sha256(b"".join(shard.file.encode() + shard.header for shard in layouts)).hexdigest()
-    return {"fourbit": __version__, "settings": settings, "headers": headers, "source": of_source(checkpoint)}
+    headers = hashlib.sha256(b"".join(shard.file.encode() + shard.header for shard in shards)).hexdigest()
+    return {"fourbit": __version__, "settings": settings, "headers": headers, "source": of_source(checkpoint, beside)}
 
 
-def of_source(checkpoint: Checkpoint) -> dict[str, Any]:
+def of_source(checkpoint: Checkpoint, beside: others.Others) -> dict[str, Any]:
     """What each file that is read is: of weights size, header, inode and times, of all others size and SHA-256.
 
     Raises CheckpointError if a file cannot be read (any more).
     """
-    return {name: _of_file(file, name) for name, file in sorted(_files(checkpoint).items())}
+    return {name: _of_file(file, name) for name, file in sorted(_files(checkpoint, beside).items())}
 
 
-def _files(checkpoint: Checkpoint) -> dict[str, Path]:
+def _files(checkpoint: Checkpoint, beside: others.Others) -> dict[str, Path]:
     """Every file of the source that is read, by name relative to the folder."""
     folder = checkpoint.folder
     names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
-    own = [layout.CONFIG_FILE]
+    own = [CONFIG_FILE]
     if folder == checkpoint.path:
         own += [] if checkpoint.index is None else [checkpoint.index.name]
-        names |= {name: folder / name for name in others.find(checkpoint).carried}
-    return names | {name: folder / name for name in own if layout.is_there(folder / name)}
+        names |= {name: folder / name for name in beside.carried}
+    return names | {name: folder / name for name in own if untrusted.is_there(folder / name)}
 
 
 _IDENTITY = ("ctime_ns", "inode")

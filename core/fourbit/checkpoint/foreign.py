@@ -13,7 +13,6 @@ import torch
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint, TensorInfo
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
 
 _LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lora_embedding_")

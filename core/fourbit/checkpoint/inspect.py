@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     Raises CheckpointError, naming the tensor or file, for anything malformed.
     """
     with Checkpoint(path) as checkpoint:
-        companions = checkpoint.companions()
-        tensors = tuple(_facts(checkpoint, name) for name in checkpoint.entries if name not in companions)
         files = tuple(file.name for file in checkpoint.files)
-        return Inspection(checkpoint.path, _kind(checkpoint), tensors, files)
+        return Inspection(checkpoint.path, _kind(checkpoint), tuple(list_tensors(checkpoint)), files)
+
+
+def list_tensors(checkpoint: Checkpoint) -> Iterator[TensorFacts]:
+    """Every tensor, in the order of the files."""
+    companions = checkpoint.companions()
+    return (_facts(checkpoint, name) for name in checkpoint.entries if name not in companions)
 
 
 def _facts(checkpoint: Checkpoint, name: str) -> TensorFacts:
@@ -132,7 +137,6 @@ def _facts(checkpoint: Checkpoint, name: str) -> TensorFacts:
             *(name, info.shape, dtype, None, None, dtype, info.numel, info.nbytes, 0, info.file.name),
         )
     state = checkpoint.state(name)
-    checkpoint.check_packed(name, state)
     stored = info.nbytes + sum(checkpoint.info(part).nbytes for part in parts)
     return TensorFacts(
         *(name, tuple(state.shape), state.quant_type, state.blocksize, state.double_quant),

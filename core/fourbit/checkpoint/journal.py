@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fourbit.checkpoint import layout, snapshot
+from fourbit.checkpoint import disk, snapshot
+from fourbit.checkpoint.disk import atomic_file, flush_to_disk
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.snapshot import Snapshot
-from fourbit.checkpoint.writer import atomic_file, flush_to_disk
 
 FORMAT = 2
 JOURNAL_FILE = "journal.jsonl"
@@ -48,7 +48,7 @@ class Journal:
             head = {"format": FORMAT, "fingerprint": records.fingerprint, "replaces": replaces}
             stream.write(_line(head))
             stream.writelines(_line({"tensor": name, "sha256": parts}) for name, parts in records.hashes.items())
-        layout.sync_folder(folder)
+        disk.sync_folder(folder)
         self._stream: IO[bytes] = open(path, "ab")  # noqa: SIM115
         self.hashes = dict(records.hashes)
 
@@ -87,6 +87,14 @@ def read(folder: Path) -> Records | None:
             break
         hashes[value["tensor"]] = value["sha256"]
     return Records(head["fingerprint"], snapshot.from_json(head.get("replaces")), hashes)
+
+
+def read_own(folder: Path) -> Records | None:
+    """`read`; None also for a journal that this version of fourbit does not understand."""
+    try:
+        return read(folder)
+    except CheckpointError:
+        return None
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

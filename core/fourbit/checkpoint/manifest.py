@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fourbit.checkpoint import layout
+from fourbit.checkpoint import untrusted
+from fourbit.checkpoint.disk import hash_of
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.output import hash_of
-from fourbit.checkpoint.shards import Shard
+from fourbit.checkpoint.file_layout import Shard
+from fourbit.checkpoint.weight_files import MANIFEST_FILE
 from fourbit.state import dtype_name
 from fourbit.version import __version__
 
@@ -22,7 +23,7 @@ _FILE_FIELDS = {"bytes": int, "sha256": str}
 
 def build(
     folder: Path,
-    layouts: Sequence[Shard],
+    shards: Sequence[Shard],
     hashes: Mapping[str, dict[str, str]],
     others: Sequence[str],
     fingerprint: Mapping[str, Any],
@@ -31,13 +32,13 @@ def build(
 
     Args:
         folder: with all files in it.
-        layouts: of the weight files.
+        shards: of the weight files.
         hashes: of each source tensor's parts, as in the journal.
         others: relative names of all other files.
         fingerprint: of the run.
     """
     tensors: dict[str, Any] = {}
-    for shard in layouts:
+    for shard in shards:
         offset = len(shard.header)
         for item in shard.items:
             for part in item.parts:
@@ -50,7 +51,7 @@ def build(
                     "sha256": hashes[item.source][part.name],
                 }
                 offset += part.nbytes
-    quantized = sum(item.quantize for shard in layouts for item in shard.items)
+    quantized = sum(item.quantize for shard in shards for item in shard.items)
     return {
         "format": FORMAT,
         "fourbit": __version__,
@@ -74,10 +75,10 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def read(folder: Path) -> dict[str, Any] | None:
     """A folder's manifest, every field checked; None if there is none. Raises CheckpointError, naming the field."""
-    path = folder / layout.MANIFEST_FILE
-    if not layout.is_there(path):
+    path = folder / MANIFEST_FILE
+    if not untrusted.is_there(path):
         return None
-    value = layout.read_json(path)
+    value = untrusted.read_json(path)
     if value.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {json.dumps(value.get('format'))[:40]} is not {FORMAT}")
     for key in ("tensors", "files", "totals", "fingerprint"):
@@ -89,6 +90,6 @@ def read(folder: Path) -> dict[str, Any] | None:
                 if not isinstance(entry, dict) or type(entry.get(field)) is not kind:
                     raise CheckpointError(f"{path}: {key}: {name!r}: {field} is missing or of the wrong type")
     for name in value["files"]:
-        if not all(layout.is_plain_name(part) for part in name.split("/")):
+        if not all(untrusted.is_plain_name(part) for part in name.split("/")):
             raise CheckpointError(f"{path}: files: {name!r} is not a relative name within the folder")
     return value

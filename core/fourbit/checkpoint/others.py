@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fourbit.checkpoint import layout, links, shards
+from fourbit.checkpoint import file_layout, untrusted, weight_files
+from fourbit.checkpoint.disk import copy_files, write_json
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint
-from fourbit.checkpoint.writer import copy_files, write_json
 
 MODULES_FILE = "modules.json"
 MAX_OTHER_BYTES = 1 << 32
@@ -61,7 +61,7 @@ def find(checkpoint: Checkpoint) -> Others:
     folder = checkpoint.path
     if not folder.is_dir():
         return Others()
-    ours = {file.name for file in checkpoint.files} | {layout.CONFIG_FILE, layout.MANIFEST_FILE}
+    ours = {file.name for file in checkpoint.files} | {weight_files.CONFIG_FILE, weight_files.MANIFEST_FILE}
     if checkpoint.index is not None:
         ours.add(checkpoint.index.name)
     modules = _module_folders(folder)
@@ -84,23 +84,22 @@ def find(checkpoint: Checkpoint) -> Others:
     return Others(tuple(sorted(carried)), tuple(sorted(left_out)), dict(sorted(skipped.items())), nbytes)
 
 
-def every_file(checkpoint: Checkpoint) -> list[Path]:
+def every_file(checkpoint: Checkpoint, beside: Others) -> list[Path]:
     """All files of a checkpoint's folder but hidden ones, read or not; of a single file, what is read with it."""
-    beside = find(checkpoint)
     names = [*beside.carried, *beside.left_out, *beside.skipped]
     index = [] if checkpoint.index is None else [checkpoint.index]
-    config = checkpoint.folder / layout.CONFIG_FILE
+    config = checkpoint.folder / weight_files.CONFIG_FILE
     return [*checkpoint.files, *index, *([config] if config.exists() else []), *(checkpoint.path / n for n in names)]
 
 
-def require_free_names(checkpoint: Checkpoint) -> None:
+def require_free_names(checkpoint: Checkpoint, beside: Others) -> None:
     """Raise CheckpointError if a file that is to be carried over has a name that cannot be had in the new folder."""
-    taken = {layout.CONFIG_FILE, layout.MANIFEST_FILE}
-    for name in find(checkpoint).carried:
+    taken = {weight_files.CONFIG_FILE, weight_files.MANIFEST_FILE}
+    for name in beside.carried:
         parts = Path(name).parts
         if parts[0] in taken or parts[0].endswith((".safetensors", ".index.json")):  # a folder of that name
             raise CheckpointError(f"{checkpoint.path / name} cannot be copied: {parts[0]!r} is a file that is written")
-        if not all(layout.is_plain_name(part) for part in parts):
+        if not all(untrusted.is_plain_name(part) for part in parts):
             raise CheckpointError(f"{checkpoint.path / name} cannot be copied: other systems have no such name")
 
 
@@ -108,15 +107,15 @@ def write(
     checkpoint: Checkpoint,
     beside: Others,
     folder: Path,
-    layouts: Sequence[shards.Shard],
+    shards: Sequence[file_layout.Shard],
     config: Mapping[str, Any] | None,
 ) -> list[str]:
     """Carry over files with their subfolders, and write the index and config.json. Returns the names of all these."""
     written: dict[str, Mapping[str, Any]] = {}
-    if len(layouts) > 1:
-        written[layout.index_file(checkpoint.stem)] = shards.index(layouts)
+    if len(shards) > 1:
+        written[weight_files.index_file(checkpoint.stem)] = file_layout.index(shards)
     if config is not None:
-        written[layout.CONFIG_FILE] = config
+        written[weight_files.CONFIG_FILE] = config
     copy_files(beside.carried, checkpoint.path, folder)
     for name, value in written.items():
         write_json(folder / name, value)
@@ -156,7 +155,7 @@ def _holds_weights(name: str) -> bool:
 
 def _examined(folder: Path, path: Path) -> tuple[int, str]:
     """The bytes of a file, and why it is not to be copied, if it is not."""
-    if not links.stays_inside(path, folder):
+    if not untrusted.stays_inside(path, folder):
         return 0, f"a link out of the folder, to {os.path.realpath(path)}"
     try:
         found = path.stat()
@@ -172,7 +171,7 @@ def _examined(folder: Path, path: Path) -> tuple[int, str]:
 def _module_folders(folder: Path) -> frozenset[str]:
     """The folders that modules.json of sentence-transformers names, "/" between their parts."""
     file = folder / MODULES_FILE
-    if not file.is_file() or not links.stays_inside(file, folder) or file.stat().st_size > layout.MAX_JSON_BYTES:
+    if not file.is_file() or not untrusted.stays_inside(file, folder) or file.stat().st_size > untrusted.MAX_JSON_BYTES:
         return frozenset()
     try:
         listed = json.loads(file.read_bytes())
@@ -184,7 +183,7 @@ def _module_folders(folder: Path) -> frozenset[str]:
         if not isinstance(place, str) or not place:  # the model itself is in ""
             continue
         parts = PurePosixPath(place).parts
-        if not all(layout.is_plain_name(part) for part in parts):
+        if not all(untrusted.is_plain_name(part) for part in parts):
             raise CheckpointError(f"{file} names the module {place!r}, which is no folder within {folder}")
         found.add("/".join(parts))
     return frozenset(found)

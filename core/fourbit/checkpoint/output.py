@@ -6,16 +6,19 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import torch
 from torch import Tensor
 
-from fourbit.checkpoint import layout
+from fourbit.checkpoint import disk
+from fourbit.checkpoint.disk import CHUNK_BYTES, flush_to_disk, hash_of, temporary
+from fourbit.checkpoint.errors import LayoutError
+from fourbit.checkpoint.file_layout import Item, Part, Shard
 from fourbit.checkpoint.journal import Journal
-from fourbit.checkpoint.shards import Item, Shard
-from fourbit.checkpoint.writer import CHUNK_BYTES, ShardWriter, flush_to_disk, temporary
+from fourbit.checkpoint.reader import META_MARK
 
 SYNC_BYTES = 1 << 28
 SYNC_SECONDS = 2.0
@@ -35,16 +38,18 @@ class Output:
         self._folder, self._journal, self._done = folder, journal, done
         self._shard: Shard | None = None
         self._stream: IO[bytes]
-        self._writer: ShardWriter
         self._pending: dict[str, dict[str, str]] = {}
         self._pending_bytes = 0
         self._synced = time.monotonic()
 
     def write(self, shard: Shard, item: Item, tensors: Mapping[str, Tensor]) -> None:
-        """The tensors of the next item. Raises OSError, or LayoutError."""
+        """The tensors of the next item, by name: on the CPU, with the layout's dtypes and shapes.
+
+        Raises OSError, or LayoutError if they have others.
+        """
         if shard is not self._shard:
             self._begin(shard)
-        self._pending[item.source] = self._writer.write(item, tensors)
+        self._pending[item.source] = {part.name: self._write(data) for part, data in _parts(item, tensors)}
         self._pending_bytes += item.nbytes
         if item is shard.items[-1]:
             self._end()
@@ -69,9 +74,19 @@ class Output:
         path = temporary(self._folder / shard.file)
         # what was recovered ends at the end of an item
         self._stream = open(path, "ab" if self._done.get(shard.file) else "wb")  # noqa: SIM115
-        layout.sync_folder(self._folder)  # what will be noted has a name then
+        disk.sync_folder(self._folder)  # what will be noted has a name then
         self._shard = shard
-        self._writer = ShardWriter(self._stream, shard)
+        if self._stream.tell() == 0:
+            self._stream.write(shard.header)
+
+    def _write(self, data: memoryview) -> str:
+        """Append bytes; returns their SHA-256, in hexadecimal."""
+        digest = hashlib.sha256()
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = data[start : start + CHUNK_BYTES]
+            digest.update(chunk)
+            self._stream.write(chunk)
+        return digest.hexdigest()
 
     def _end(self) -> None:
         assert self._shard is not None
@@ -92,16 +107,39 @@ class Output:
         self._pending, self._pending_bytes, self._synced = {}, 0, time.monotonic()
 
 
-def recover(folder: Path, layouts: Sequence[Shard], hashes: Mapping[str, dict[str, str]]) -> dict[str, int]:
+def hashes_of(item: Item, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The SHA-256 of each of an item's tensors, in hexadecimal, by name; as `Output` notes them."""
+    return {part.name: hashlib.sha256(data).hexdigest() for part, data in _parts(item, tensors)}
+
+
+def _parts(item: Item, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Part, memoryview]]:
+    if set(tensors) != {part.name for part in item.parts}:
+        raise LayoutError(f"{item.source}: got {sorted(tensors)}, not what the layout says")
+    return ((part, _data(part, tensors[part.name])) for part in item.parts)
+
+
+def _data(part: Part, tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, little-endian as on every machine that torch runs on."""
+    if META_MARK in part.name and tensor.numel() <= part.nbytes:
+        tensor = torch.nn.functional.pad(tensor, (0, part.nbytes - tensor.numel()), value=ord(" "))
+    if tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
+        raise LayoutError(f"{part.name}: want {part.dtype} {list(part.shape)}, got {tensor.dtype} {list(tensor.shape)}")
+    if not tensor.numel():
+        return memoryview(b"")
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def recover(folder: Path, shards: Sequence[Shard], hashes: Mapping[str, dict[str, str]]) -> dict[str, int]:
     """How many items of each shard are in `folder`, right to the last bit; whatever follows them is removed.
 
     The journal's hashes are compared with those of the bytes in the files, so that neither a file that is too
     short nor one that was changed is continued. Raises OSError.
     """
     done: dict[str, int] = {}
-    _remove_others(folder, layouts)
+    _remove_others(folder, shards)
     whole = True
-    for shard in layouts:
+    for shard in shards:
         path = folder / shard.file
         if whole:
             count, end = _intact(path, shard, hashes)
@@ -121,9 +159,9 @@ def recover(folder: Path, layouts: Sequence[Shard], hashes: Mapping[str, dict[st
     return done
 
 
-def _remove_others(folder: Path, layouts: Sequence[Shard]) -> None:
+def _remove_others(folder: Path, shards: Sequence[Shard]) -> None:
     """All but weight files: they are copied again, and nothing else may be left to be published."""
-    files = [folder / shard.file for shard in layouts]
+    files = [folder / shard.file for shard in shards]
     keep = {path.name for file in files for path in (file, temporary(file))}
     for path in folder.iterdir():
         if path.name in keep:
@@ -152,18 +190,6 @@ def _intact(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> t
                 break
             count, end = count + 1, end + item.nbytes
         return count, end
-
-
-def hash_of(stream: IO[bytes], nbytes: int) -> str | None:
-    """The SHA-256 of the next bytes of a file, in hexadecimal; None if it has not so many."""
-    digest = hashlib.sha256()
-    while nbytes:
-        chunk = stream.read(min(nbytes, CHUNK_BYTES))
-        if not chunk:
-            return None
-        digest.update(chunk)
-        nbytes -= len(chunk)
-    return digest.hexdigest()
 
 
 def _cut(path: Path, end: int) -> None:

@@ -1,11 +1,10 @@
 """Quantizing a model folder tensor by tensor, so that the model never has to fit in memory.
 
-The plan decides and `shards` lays the files out; `build` writes them, so that it can be interrupted.
+The plan decides and `file_layout` lays the files out; `build` writes them, so that it can be interrupted.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fourbit import codebooks
-from fourbit.checkpoint import shards
-from fourbit.checkpoint.build import Job, Progress, build
+from fourbit.checkpoint.build import build
+from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.file_layout import MAX_SHARD_BYTES, Item, plain_item, quantized_item
 from fourbit.checkpoint.foreign import require_unquantized
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.source import resolved
@@ -32,52 +32,18 @@ MOST_RULES = 6
 
 
 @dataclass(frozen=True)
-class QuantizeReport:
-    """What `quantize_checkpoint` did.
+class QuantizeReport(Report):
+    """What `quantize_checkpoint` did: all that a `Report` has, and
 
     Attributes:
-        source, destination: the folders.
         plan: which tensors were quantized, which were not, and why.
-        files: names of the weight files written.
-        bytes_before: of the source's tensors.
-        bytes_after: of the tensors written, code tables and metadata included.
-        copied: other files carried over.
-        left_out: files with weights in other forms or of other models, which were not.
-        skipped: what else was not, with the reason: links out of the source, pipes, devices.
-        resumed_bytes: of the source's tensors, that an earlier run had done.
-        seconds: that it took.
-        leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
-    source: Path
-    destination: Path
     plan: QuantPlan
-    files: tuple[str, ...]
-    bytes_before: int
-    bytes_after: int
-    copied: tuple[str, ...]
-    left_out: tuple[str, ...]
-    skipped: dict[str, str]
-    resumed_bytes: int
-    seconds: float
-    leftovers: tuple[Path, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {
-            "source": str(self.source),
-            "destination": str(self.destination),
-            "files": list(self.files),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "copied": list(self.copied),
-            "left_out": list(self.left_out),
-            "skipped": self.skipped,
-            "resumed_bytes": self.resumed_bytes,
-            "seconds": self.seconds,
-            "leftovers": [str(path) for path in self.leftovers],
-            "plan": self.plan.to_dict(),
-        }
+        return {**self._as_json(), "plan": self.plan.to_dict()}
 
 
 def quantize_checkpoint(
@@ -89,7 +55,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
-    max_shard_bytes: int = shards.MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> QuantizeReport:
     """Write a 4-bit copy of the model folder `src` to `dst`, in the layout that bitsandbytes reads.
 
@@ -114,36 +80,25 @@ def quantize_checkpoint(
         NonFiniteError: a weight has NaN or Inf; its name and index are given, and nothing is left behind.
         ValueError: both `overwrite` and `resume`.
     """
-    begin = time.perf_counter()
-    if overwrite and resume:
-        raise ValueError("quantize_checkpoint: overwrite begins afresh and resume does not: want one of them")
+    request = Request("quantize_checkpoint", dst, overwrite, resume, progress, max_shard_bytes)
     config = config or QuantConfig()
-    source, target = resolved(src), Path(dst).expanduser().resolve()
+    source = resolved(src)
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
         model_config = checkpoint.config  # a broken config.json stops it here, before any work
         planned = plan(source, config, device=device)
         require_work(planned)
-        items = output_items(checkpoint, planned)
         where = torch.device(device)
         job = Job(
-            checkpoint=checkpoint,
-            target=target,
-            layouts=shards.arrange(items, {**checkpoint.metadata, "format": "pt"}, max_shard_bytes, checkpoint.stem),
+            request,
+            checkpoint,
+            items=output_items(checkpoint, planned),
             settings=_settings(planned),
             config={**model_config, "quantization_config": quantization_config(planned)},
             read=lambda item: checkpoint.read(item.source),
             convert=lambda item, tensor: _converted(tensor, item, planned, where),
-            source_bytes=lambda item: checkpoint.info(item.source).nbytes,
         )
-        built = build(job, overwrite=overwrite, resume=resume, progress=progress)
-    return QuantizeReport(
-        *(source, target, planned, tuple(s.file for s in job.layouts), checkpoint.nbytes),
-        *(sum(item.nbytes for item in items), built.others.carried, built.others.left_out, built.others.skipped),
-        built.resumed_bytes,
-        time.perf_counter() - begin,
-        built.leftovers,
-    )
+        return QuantizeReport(**vars(build(job)), plan=planned)
 
 
 def _settings(planned: QuantPlan) -> dict[str, Any]:
@@ -175,13 +130,13 @@ def require_work(planned: QuantPlan) -> None:
     )
 
 
-def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item]:
+def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[Item]:
     """What each tensor of the source becomes, in the source's order; sizes are exact before anything is read."""
     kind, double = planned.config.quant_type, planned.config.double_quant
     items = [
-        shards.quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double)
+        quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double)
         if t.action == "quantize"
-        else shards.plain_item(checkpoint.info(t.name))
+        else plain_item(checkpoint.info(t.name))
         for t in planned.tensors
     ]
     names: set[str] = set()
@@ -192,7 +147,7 @@ def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[shards.Item
     return items
 
 
-def _converted(tensor: Tensor, item: shards.Item, planned: QuantPlan, device: torch.device) -> Mapping[str, Tensor]:
+def _converted(tensor: Tensor, item: Item, planned: QuantPlan, device: torch.device) -> Mapping[str, Tensor]:
     """The tensors of one item, by name, on the CPU."""
     if not item.quantize:
         return {item.source: tensor}

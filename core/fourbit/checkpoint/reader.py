@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fourbit.checkpoint import layout, source
+from fourbit.checkpoint import source, untrusted, weight_files
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.state import MAX_META_BYTES, QuantState
 
@@ -113,7 +113,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = source.located(path)
-        found = layout.find_files(self.path)
+        found = weight_files.find_files(self.path)
         self.files, self.index, self.stem, self._weight_map = found.files, found.index, found.stem, found.weight_map
         self.metadata: dict[str, str] = {}
         self.entries = _by_name(self.path, (info for file in self.files for info in self._scan(file)))
@@ -144,7 +144,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The parsed config.json beside the weights, {} if there is none."""
-        return layout.own_json(self.folder, layout.CONFIG_FILE)
+        return untrusted.own_json(self.folder, weight_files.CONFIG_FILE)
 
     @property
     def folder(self) -> Path:
@@ -200,7 +200,7 @@ class Checkpoint:
         return frozenset(key for keys in self._quantized.values() for key in keys)
 
     def state(self, name: str) -> QuantState:
-        """The quantization state of a 4-bit weight. Raises CheckpointError, naming what is wrong."""
+        """The quantization state of a 4-bit weight, which fits it. Raises CheckpointError, naming what is wrong."""
         if name not in self._quantized:
             self.info(name)
             raise CheckpointError(f"{self.path}: tensor {name!r} is not a 4-bit weight")
@@ -209,11 +209,18 @@ class Checkpoint:
             if META_MARK in key and self.entries[key].nbytes > MAX_META_BYTES:
                 raise CheckpointError(f"{self.path}: {key!r} has {self.entries[key].nbytes} bytes of JSON")
         try:
-            return QuantState.from_state_dict({key: self.read(key) for key in keys}, prefix=name + ".")
+            state = QuantState.from_state_dict({key: self.read(key) for key in keys}, prefix=name + ".")
         except CheckpointError:
             raise
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.path}: {error.args[0] if error.args else error}") from error
+        # the storage dtype may be wider, and then the bytes are rounded up to whole elements
+        want, info = (state.numel + 1) // 2, self.info(name)
+        if not 0 <= info.nbytes - want < info.dtype.itemsize:
+            raise CheckpointError(
+                f"{self.path}: {name!r} has {info.nbytes} bytes; {list(state.shape)} in 4 bits has {want}"
+            )
+        return state
 
     def read_4bit(self, name: str) -> tuple[Tensor, QuantState]:
         """A 4-bit weight: packed uint8 [ceil(n/2), 1], and its state, both on the CPU.
@@ -222,20 +229,8 @@ class Checkpoint:
         CheckpointError, naming the tensor, if weight and state do not fit each other.
         """
         state = self.state(name)
-        want = self.check_packed(name, state)
-        packed = self.read(name).contiguous().view(-1).view(torch.uint8)[:want].view(-1, 1)
-        return packed, state
-
-    def check_packed(self, name: str, state: QuantState) -> int:
-        """The bytes of a packed weight. Raises CheckpointError if the header says that it has others."""
-        want = (state.numel + 1) // 2
-        info = self.info(name)
-        # the storage dtype may be wider, and then the bytes are rounded up to whole elements
-        if not 0 <= info.nbytes - want < info.dtype.itemsize:
-            raise CheckpointError(
-                f"{self.path}: {name!r} has {info.nbytes} bytes; {list(state.shape)} in 4 bits has {want}"
-            )
-        return want
+        codes = self.read(name).contiguous().view(-1).view(torch.uint8)[: (state.numel + 1) // 2]
+        return codes.view(-1, 1), state
 
     def quantization_config(self) -> dict[str, Any]:
         """config.json's entry on quantization, {} if there is none."""
@@ -270,7 +265,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(stream.read(8), "little")
             if length > os.fstat(stream.fileno()).st_size:
                 raise ValueError("it changes while it is read")
-            header = json.loads(stream.read(length), object_pairs_hook=layout.unique_names)
+            header = json.loads(stream.read(length), object_pairs_hook=untrusted.unique_names)
     except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
     if header.keys() - {"__metadata__"} != names:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fourbit.checkpoint import destination, journal, layout, snapshot, writer
+from fourbit.checkpoint import destination, disk, journal, snapshot
 from fourbit.checkpoint.destination import UNFINISHED, unfinished_folder
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.snapshot import Snapshot
@@ -47,8 +47,8 @@ class Stage:
             self.folder.mkdir(exist_ok=True)
             self._lock = FileLock(self.folder / LOCK_FILE, timeout=0)
             self._lock.acquire()
-            layout.sync_folder(self.folder)  # the lock is what says whose folder it is
-            layout.sync_folder(dst.parent)
+            disk.sync_folder(self.folder)  # the lock is what says whose folder it is
+            disk.sync_folder(dst.parent)
         except Timeout:
             raise CheckpointError(f"another run is writing {dst} (it has locked {self.folder})") from None
         except (OSError, NotImplementedError) as error:
@@ -71,8 +71,8 @@ class Stage:
         Returns the folder with what was replaced, if it could not be removed. Raises CheckpointError, with the
         destination as it was, if it may not be replaced or cannot be renamed.
         """
-        layout.sync_tree(self.data)
-        layout.sync_folder(self.folder)
+        disk.sync_tree(self.data)
+        disk.sync_folder(self.folder)
         try:
             if os.path.lexists(self.dst):
                 self._set_aside(replaces)
@@ -88,8 +88,8 @@ class Stage:
             if kept and isinstance(error, CheckpointError):
                 raise CheckpointError(f"{error}{where}") from None
             raise
-        layout.sync_folder(self.dst.parent)
-        layout.sync_folder(self.folder)
+        disk.sync_folder(self.dst.parent)
+        disk.sync_folder(self.folder)
         return self.remove_replaced(replaces)
 
     def _set_aside(self, replaces: Snapshot | None) -> None:
@@ -112,7 +112,7 @@ class Stage:
             os.rename(self.replaced, self.dst)
         except OSError:
             return self.remove_replaced(None)
-        layout.sync_folder(self.dst.parent)
+        disk.sync_folder(self.dst.parent)
         return None
 
     def remove_replaced(self, replaces: Snapshot | None) -> Path | None:
@@ -139,7 +139,7 @@ class Stage:
                 if os.path.lexists(self.data):
                     shutil.rmtree(self.data)
                 # the journal goes late: with it, what is left is known to be unfinished
-                for path in (self.folder / journal.JOURNAL_FILE, writer.temporary(self.folder / journal.JOURNAL_FILE)):
+                for path in (self.folder / journal.JOURNAL_FILE, disk.temporary(self.folder / journal.JOURNAL_FILE)):
                     path.unlink(missing_ok=True)
                 if os.listdir(self.folder) == [LOCK_FILE]:
                     lock.unlink()
@@ -164,11 +164,11 @@ def tidy(dst: Path) -> Path | None:
     stage = Stage(dst)
     kept = None
     try:
-        begun = _begun(folder)
+        begun = journal.read_own(folder)
         if os.path.lexists(stage.replaced):
             if not os.path.lexists(dst):
                 os.rename(stage.replaced, dst)
-                layout.sync_folder(dst.parent)
+                disk.sync_folder(dst.parent)
             else:  # with data, the destination is none that the run has put there
                 published = begun is not None and not os.path.lexists(stage.data)
                 kept = stage.remove_replaced(begun.replaces if begun is not None and published else None)
@@ -182,14 +182,6 @@ def tidy(dst: Path) -> Path | None:
     return kept
 
 
-def _begun(folder: Path) -> journal.Records | None:
-    """The journal in an unfinished folder; None if there is none that this version of fourbit understands."""
-    try:
-        return journal.read(folder)
-    except CheckpointError:
-        return None
-
-
 def is_unfinished(path: Path) -> bool:
     """Whether `path` is an unfinished folder, or the data in one."""
     inside = path.name == DATA_FOLDER and path.parent.name.endswith(UNFINISHED)
@@ -201,7 +193,7 @@ def _make(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        layout.sync_folder(path.parent)
+        disk.sync_folder(path.parent)
 
 
 def _require_ours(folder: Path) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourbit.checkpoint import destination, journal, layout, manifest, staging
+from fourbit.checkpoint import destination, journal, manifest, staging
+from fourbit.checkpoint.disk import hash_of
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.output import hash_of
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.source import resolved
+from fourbit.checkpoint.weight_files import MANIFEST_FILE
 from fourbit.state import dtype_name
 
 _UNREAD = re.compile(r".*\.(?:md|png|jpe?g|gif|svg|pdf|log)|(?:LICEN[SC]E|NOTICE|COPYING)(?:\.txt)?", re.IGNORECASE)
@@ -109,7 +110,6 @@ def consistency(checkpoint: Checkpoint) -> Iterator[str]:
     for name in checkpoint.quantized():
         try:
             state = checkpoint.state(name)
-            checkpoint.check_packed(name, state)
         except CheckpointError as error:
             yield str(error)
             continue
@@ -158,7 +158,7 @@ def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint |
 
 def unknown_files(folder: Path, listing: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     """Files that the manifest does not know: those that a loader may read or run, and the others."""
-    known = {*listing["files"], layout.MANIFEST_FILE, *(entry["file"] for entry in listing["tensors"].values())}
+    known = {*listing["files"], MANIFEST_FILE, *(entry["file"] for entry in listing["tensors"].values())}
     known |= {file.name for file in checkpoint.files}  # one without a tensor; those of others were compared
     faults: list[str] = []
     notices: list[str] = []
@@ -178,10 +178,7 @@ def unknown_files(folder: Path, listing: dict[str, Any], checkpoint: Checkpoint)
 def _unfinished(left: Path) -> str:
     """That a folder is unfinished, and what continues it."""
     folder = left.parent if left.name == staging.DATA_FOLDER else left
-    try:
-        begun = journal.read(folder)
-    except CheckpointError:
-        begun = None
+    begun = journal.read_own(folder)
     command = "the command that began it, with --resume,"
     if begun is not None:
         settings = begun.fingerprint.get("settings")

@@ -43,13 +43,8 @@ def compare(
 
         compare_plot.require_matplotlib()  # before the work, not after
     a, b = options.source(a), options.source(b)
-    with console.step_progress() as bar:
-        task = bar.add_task("comparing", total=None)
-
-        def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        found = compare_checkpoints(a, b, progress=advance)
+    with console.bar("comparing") as advance:
+        found = compare_checkpoints(a, b, progress=lambda _, done, total: advance(done, total))
     if csv_file is not None:
         write_csv(found, csv_file)
     if plot_file is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -23,21 +24,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fourbit.literal import literal
+
 PIPED_WIDTH = 160
 """Columns where stdout is no terminal and COLUMNS is not set: rows stay in one line."""
-
-
-def literal(text: str) -> str:
-    """Text as it is, but for characters that a terminal does not show: those are written as escapes.
-
-    These are control characters (line breaks, too), marks that turn the direction of writing, and whatever else
-    Unicode does not count as printable.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 class LiteralConsole(Console):
@@ -92,14 +82,6 @@ def note(message: str) -> None:
     err.print(message, style="dim", soft_wrap=True)
 
 
-def left_out(names: Sequence[str], skipped: Mapping[str, str]) -> None:
-    """What a copy of a folder lacks, and why."""
-    if names:
-        note(f"not copied, since they hold weights in another form, or of another model: {', '.join(names)}")
-    for name, reason in skipped.items():
-        warning(f"not copied: {name}, {reason}")
-
-
 def table(
     title: str | Text | None, *columns: str, left: int = 1, wrap: int | None = None, caption: str | None = None
 ) -> Table:
@@ -120,31 +102,18 @@ class _Description(ProgressColumn):
         return lines(task.description)
 
 
-def byte_progress() -> Progress:
-    """A bar in bytes, with rate and time left."""
-    return Progress(
-        _Description(),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    )
+@contextmanager
+def bar(description: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar, which gets what is done and what there is to do; in bytes with rate and time left, or in steps.
 
-
-def step_progress() -> Progress:
-    """A bar in steps."""
-    return Progress(
-        _Description(),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        disable=not err.is_terminal,
-        transient=True,
-    )
+    It moves to and fro until it gets them, and is gone at its end.
+    """
+    steps = (TaskProgressColumn(), TimeElapsedColumn())
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) if in_bytes else steps
+    shown = Progress(_Description(), BarColumn(), *columns, console=err, disable=not err.is_terminal, transient=True)
+    with shown:
+        task = shown.add_task(description, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def size(nbytes: float) -> str:

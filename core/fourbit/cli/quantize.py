@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourbit.cli import console, options
+from fourbit.cli import console, conversion, options
 
 if TYPE_CHECKING:
     import torch
 
-    from fourbit.checkpoint.quantize import QuantizeReport
     from fourbit.config import QuantConfig
     from fourbit.plans import QuantPlan
 
@@ -41,15 +41,7 @@ def quantize(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1 …")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--overwrite",
-            help="Continue an interrupted run where it was, or start afresh and replace DST if it is a model folder"
-            " with nothing else in it.",
-            show_default="neither: an error if DST or an interrupted run is there",
-        ),
-    ] = None,
+    resume: conversion.Resume = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Write a 4-bit copy of the model folder SRC to DST.
@@ -64,31 +56,32 @@ def quantize(
     others quantized, adapters, and models in which there is nothing to quantize are refused. Links out of SRC are
     not followed.
     """
-    from fourbit.checkpoint.quantize import require_work
+    from fourbit.checkpoint.quantize import quantize_checkpoint, require_work
 
-    overwrite = resume is False
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
     src = options.source(src)
     if dry_run:
-        plan, nbytes = check_and_plan(src, dst, config, where, overwrite, resume is True)
+        plan, nbytes = check_and_plan(src, dst, config, where, resume is not None)
         if as_json:
             console.print_json({"dry_run": True, "bytes_written": nbytes, **plan.to_dict()})
         else:
             show_plan(plan, nbytes)
         require_work(plan)
     else:
-        report = run(src, dst, config, where, overwrite, resume is True)
+        convert = partial(quantize_checkpoint, src, config=config, device=where)
+        report = conversion.run("quantizing", convert, dst, resume)
         plan = report.plan
         if as_json:
             console.print_json({"dry_run": False, **report.to_dict()})
         else:
-            show_report(report)
+            conversion.show(report)
+            show_sizes(plan, report.bytes_after)
     warn(plan)
 
 
 def check_and_plan(
-    src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool
+    src: Path, dst: Path, config: QuantConfig, device: torch.device, may_replace: bool
 ) -> tuple[QuantPlan, int]:
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
     from fourbit.checkpoint import destination, others
@@ -102,33 +95,11 @@ def check_and_plan(
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
         target = dst.expanduser().resolve()
-        others.require_free_names(checkpoint)
-        destination.check(source, others.every_file(checkpoint), target, overwrite or resume)
+        beside = others.find(checkpoint)
+        others.require_free_names(checkpoint, beside)
+        destination.check(source, others.every_file(checkpoint, beside), target, may_replace)
         planned = plan(source, config, device=device)
         return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
-
-
-def run(
-    src: Path, dst: Path, config: QuantConfig, device: torch.device, overwrite: bool, resume: bool = False
-) -> QuantizeReport:
-    """Quantize with a bar. `fourbit demo` goes through here too."""
-    from fourbit.checkpoint.destination import unfinished_folder
-    from fourbit.checkpoint.quantize import quantize_checkpoint
-
-    with console.byte_progress() as bar:
-        task = bar.add_task("quantizing", total=None)
-
-        def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        try:
-            return quantize_checkpoint(
-                src, dst, config, device=device, overwrite=overwrite, resume=resume, progress=advance
-            )
-        except KeyboardInterrupt:
-            if unfinished_folder(dst.expanduser().resolve()).is_dir():
-                raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
-            raise
 
 
 def show_plan(plan: QuantPlan, nbytes: int) -> None:
@@ -141,27 +112,6 @@ def show_plan(plan: QuantPlan, nbytes: int) -> None:
     console.out.print(table)
     show_sizes(plan, nbytes)
     console.out.print("dry run: nothing was written")
-
-
-def show_report(report: QuantizeReport) -> None:
-    """What was done, in few lines."""
-    console.out.print(
-        f"{report.source} -> {report.destination}"
-        f" in {report.seconds:.1f} s; {len(report.files)} weight file(s), {len(report.copied)} other file(s) copied",
-        soft_wrap=True,
-    )
-    if report.resumed_bytes:
-        done = f"{console.size(report.resumed_bytes)} of {console.size(report.bytes_before)}"
-        console.note(f"resumed: an earlier run had done {done}")
-    console.left_out(report.left_out, report.skipped)
-    note_leftovers(report.leftovers)
-    show_sizes(report.plan, report.bytes_after)
-
-
-def note_leftovers(leftovers: tuple[Path, ...]) -> None:
-    """A line for each folder that a run left beside the new one."""
-    for path in leftovers:
-        console.note(f"left over from this run or an earlier one; remove it if you do not need it: {path}")
 
 
 def show_sizes(plan: QuantPlan, total_after: int) -> None:

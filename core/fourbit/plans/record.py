@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fourbit.config import QuantConfig
+from fourbit.literal import literal
 from fourbit.state import dtype_name
 
 LARGE = 1 << 20
@@ -155,17 +156,16 @@ class QuantPlan:
         }
 
     def __str__(self) -> str:
-        width = max((len(t.name) for t in self.tensors), default=4)
+        width = max((len(literal(t.name)) for t in self.tensors), default=4)
         lines = [f"{'tensor':{width}}  {'shape':>18}  {'before':>13}  {'after':>13}  what and why"]
         for t in self.tensors:
             shape = "×".join(map(str, t.shape))
             mark = "  <-- LARGE, STAYS AS IT IS" if t.large_left else ""
             lines.append(
-                f"{t.name:{width}}  {shape:>18}  {t.bytes_before:>13,}  {t.bytes_after:>13,}"
+                f"{literal(t.name):{width}}  {shape:>18}  {t.bytes_before:>13,}  {t.bytes_after:>13,}"
                 f"  {t.action}: {t.rule}{mark}"
             )
-        lines.append(self.summary())
-        return "\n".join(lines)
+        return "\n".join([*map(literal, lines), self.summary()])
 
     def summary(self) -> str:
         """The totals, and every large tensor that stays in 16 bit, in a few lines."""
@@ -182,4 +182,4 @@ class QuantPlan:
             lines.append(f"large tensors that stay as they are by rule: {names}")
         for t in self.large_left:
             lines.append(f"WARNING: {t.name} ({t.bytes_after / 1e6:.1f} MB) STAYS AS IT IS: {t.rule}")
-        return "\n".join(lines)
+        return "\n".join(map(literal, lines))

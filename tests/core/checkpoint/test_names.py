@@ -11,14 +11,8 @@ from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.inspect import inspect_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
-from tests.folders import write_folder
 
 SHARD_BYTES = 9000
-
-
-@pytest.fixture
-def src(tmp_path):
-    return write_folder(tmp_path / "src")
 
 
 NAMES = (

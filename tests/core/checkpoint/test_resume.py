@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 import fourbit
-from fourbit.checkpoint import CheckpointError, build, journal, output, staging, writer
+from fourbit.checkpoint import CheckpointError, conversion, journal, output, staging
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
 from tests.folders import contents, sample_tensors, write_folder
@@ -151,7 +151,7 @@ def test_source_that_changes_meanwhile(src, tmp_path):
 def test_source_that_vanishes_meanwhile(src, want, tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     # a budget of one tensor, so that the source is still needed
-    monkeypatch.setattr(build, "SMALL_BUDGET", 1)
+    monkeypatch.setattr(conversion, "SMALL_BUDGET", 1)
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         quantize_checkpoint(
             *(src, tmp_path / "dst"),
@@ -166,7 +166,7 @@ def test_source_that_vanishes_meanwhile(src, want, tmp_path, monkeypatch):
 
 def test_disk_that_fills(src, want, tmp_path, monkeypatch):
     before = contents(src)
-    real, calls = writer.ShardWriter._write, []
+    real, calls = output.Output._write, []
 
     def full(self, data):
         calls.append(1)
@@ -174,7 +174,7 @@ def test_disk_that_fills(src, want, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(self, data)
 
-    monkeypatch.setattr(writer.ShardWriter, "_write", full)
+    monkeypatch.setattr(output.Output, "_write", full)
     with pytest.raises(CheckpointError, match="No space left on device.*--resume continues once there is room"):
         quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SHARD_BYTES)
     assert not (tmp_path / "dst").exists() and contents(src) == before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import fourbit
 from fourbit import plugins, registry
 from fourbit.checkpoint import Checkpoint
 from fourbit.cli import console
-from fourbit.cli.app import app
+from fourbit.cli.app import GROUP, app
 from tests.folders import QUANTIZED, sample_tensors, write_folder
 
 
@@ -209,6 +211,39 @@ def test_estimate_of_a_folder(src, tmp_path):
 )
 def test_estimate_usage(arguments):
     assert run("estimate", *arguments).exit_code == 2
+
+
+def entry_points(monkeypatch, tmp_path, **commands):
+    """As if distributions had installed these commands; NAME="module:function"."""
+    found = [metadata.EntryPoint(name, value, GROUP) for name, value in commands.items()]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [ep for ep in found if ep.group == group])
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_commands_of_plugins(monkeypatch, tmp_path):
+    """One that is broken, by whatever it raises, is listed too, and takes nothing from the others."""
+    (tmp_path / "good_plugin.py").write_text(
+        "import typer\n"
+        "def greet(name: str, loud: bool = False) -> None:\n"
+        "    '''Say\n    hello.'''\n"
+        "    if name == 'nobody': raise ValueError('nobody is there')\n"
+        "    print(name.upper() if loud else name)\n"
+    )
+    (tmp_path / "bad_plugin.py").write_text("raise SystemExit('no [driver]')\n")
+    plugins = {"greet": "good_plugin:greet", "bad": "bad_plugin:run", "gone": "no_such_plugin:run"}
+    entry_points(monkeypatch, tmp_path, **plugins, odd="good_plugin:typer", inspect="bad_plugin:run")
+    assert "quantize" in ok("quantize", "--help").stdout and not {"good_plugin", "bad_plugin"} & set(sys.modules)
+    shown = ok("--help").stdout
+    assert "Say hello." in shown and all(name in shown for name in ("quantize", "bad", "gone", "odd"))
+    assert ok("greet", "you", "--loud").stdout == "YOU\n"
+    assert "hello" in ok("greet", "--help").stdout and run("greet").exit_code == 2
+    assert run("greet", "nobody").stderr == "error: nobody is there\n"
+    for name, reason in (("bad", "SystemExit: no [driver]"), ("gone", "ModuleNotFoundError: No module named ")):
+        result = run(name, "x", "--any", "option")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert f"error: the command {name} ({plugins[name]}) cannot be imported: {reason}" in result.stderr
+    assert run("odd").exit_code == 1 and run("inspect", tmp_path).stderr.startswith(f"error: {tmp_path} has no")
+    assert "Did you mean" in run("gret").stderr
 
 
 def test_sizes_for_people():

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import fourbit
 from fourbit.cli import console, errors
 from fourbit.cli.app import app
+from fourbit.literal import literal
 from tests.folders import write_folder
 
 EVIL = "\x1b]0;x\x07\x9b2J\u202e\u2066\u2028\r\n\x00\ud800[bold red]:bomb:[/bold red]"
@@ -103,6 +105,11 @@ def test_json_stays_exact(folder):
     assert f"{TENSOR}.weight" in [t["name"] for t in value["tensors"]]
 
 
+def test_a_plan_that_is_printed(folder):
+    planned = fourbit.plan(folder)
+    assert harmless(str(planned)) and f"{TENSOR_SHOWN}.weight" in str(planned) and harmless(planned.summary())
+
+
 def test_exceptions_of_others(capsys):
     """Also in a traceback, and however long."""
     errors.say(KeyError(EVIL))
@@ -127,9 +134,9 @@ def test_bars_and_tables(monkeypatch):
     made.print(EVIL, style="bold")
     made.rule(EVIL)
     monkeypatch.setattr(console, "err", made)
-    for bar in (console.byte_progress(), console.step_progress()):
-        with bar:
-            bar.add_task(EVIL, total=1)
+    for in_bytes in (True, False):
+        with console.bar(EVIL, in_bytes=in_bytes) as advance:
+            advance(1, 1)
     text = re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", stream.getvalue()).replace("\r", "")  # rich's own
     assert harmless(text)
     assert text.count(SHOWN) >= 5 and "\N{BOMB}" not in text
@@ -137,6 +144,6 @@ def test_bars_and_tables(monkeypatch):
 
 def test_what_is_literal():
     everything = "".join(map(chr, range(sys.maxunicode + 1)))
-    shown = console.literal(everything)
+    shown = literal(everything)
     assert harmless(shown) and "\n" not in shown
-    assert shown.isprintable() and "äß×→漢字😀 " in console.literal("äß×→漢字😀 ")
+    assert shown.isprintable() and "äß×→漢字😀 " in literal("äß×→漢字😀 ")

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from fourbit.cli import workers
 from tests.folders import write_folder
 
 FOURBIT = [sys.executable, "-m", "fourbit.cli"]
@@ -55,26 +54,20 @@ def test_commands_import_nothing_heavy():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_the_list_of_commands_imports_no_library():
+    """Nor does the demo's command, which a plugin adds, before it runs."""
+    code = (
+        "import sys; from fourbit.cli.app import app; app(['--help'], standalone_mode=False)\n"
+        "assert 'fourbit_transformers.demo.command' in sys.modules\n"
+        "heavy = ('transformers', 'fourbit.nn', 'fourbit.checkpoint', 'safetensors')\n"
+        "print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "demo" in done.stdout and done.stderr.strip() == "[]"
+
+
 def test_closed_pipe(src):
     """`fourbit inspect … | head -1` ends without a traceback."""
     command = f"'{sys.executable}' -m fourbit.cli inspect '{src}' | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
-
-
-def test_worker_reports(tmp_path, monkeypatch):
-    """Progress and result come through, whatever else the worker prints."""
-    (tmp_path / "toy_worker.py").write_text(
-        "import sys\n"
-        "from fourbit.cli.workers import Channel\n"
-        "c = Channel(); print('noise'); c.progress(1, 2); c.progress(2, 2)\n"
-        "if sys.argv[1] == 'die': raise ValueError('no luck')\n"
-        "c.result({'answer': 42})\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    seen = []
-    assert workers.run("toy", "toy_worker", ["live"], lambda *step: seen.append(step)) == {"answer": 42}
-    assert seen == [(1, 2), (2, 2)]
-    with pytest.raises(workers.WorkerError, match="^toy failed: ValueError: no luck$") as failed:
-        workers.run("toy", "toy_worker", ["die"])
-    assert "Traceback" in failed.value.details

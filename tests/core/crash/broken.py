@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fourbit.checkpoint import build, destination, layout, output, reader, snapshot, staging, verify, writer
+from fourbit.checkpoint import build, destination, disk, output, reader, snapshot, staging, untrusted, verify
 from fourbit.checkpoint.pipeline import Pipeline
 
 NEW = "crash/test_power_cut.py::test_a_new_folder"
@@ -48,27 +48,26 @@ def flush_only(stream):
 @found_by(NEW, "a folder that is not whole has the destination's name")
 def no_fsync(patch):
     """Nothing is flushed to the disk, no file and no folder."""
-    patch.setattr(writer, "os", WithoutFsync())
-    patch.setattr(layout, "os", WithoutFsync())
+    patch.setattr(disk, "os", WithoutFsync())
 
 
 @found_by(NEW, "what was said to be done is lost")
 def no_folder_sync(patch):
     """Files are flushed and names are not."""
-    patch.setattr(layout, "sync_folder", lambda folder: None)
+    patch.setattr(disk, "sync_folder", lambda folder: None)
 
 
 @found_by(NEW, "a folder that is not whole has the destination's name")
 def no_subfolder_sync(patch):
     """Only the names in the new folder itself are flushed."""
-    patch.setattr(layout, "sync_tree", layout.sync_folder)
+    patch.setattr(disk, "sync_tree", disk.sync_folder)
 
 
 @found_by(NEW, "what was said to be done is lost")
 def destination_not_synced(patch):
     """The last rename may not be on the disk when the run says that it is done."""
-    real = layout.sync_folder
-    patch.setattr(layout, "sync_folder", lambda folder: real(folder) if ".dst" in str(folder) else None)
+    real = disk.sync_folder
+    patch.setattr(disk, "sync_folder", lambda folder: real(folder) if ".dst" in str(folder) else None)
 
 
 @found_by(NEW, "a folder that is not whole has the destination's name")
@@ -80,14 +79,14 @@ def weights_not_flushed(patch):
 @found_by(NEW, "a folder that is not whole has the destination's name")
 def other_files_not_flushed(patch):
     """config.json, the manifest and what is carried over get their names before they are on the disk."""
-    patch.setattr(writer, "flush_to_disk", flush_only)
+    patch.setattr(disk, "flush_to_disk", flush_only)
 
 
 @found_by(RESUMED, "what was noted is lost")
 def weight_file_without_a_name(patch):
     """The journal notes tensors in a file whose name is not on the disk."""
-    real = layout.sync_folder
-    patch.setattr(layout, "sync_folder", lambda folder: None if folder.name == "data" else real(folder))
+    real = disk.sync_folder
+    patch.setattr(disk, "sync_folder", lambda folder: None if folder.name == "data" else real(folder))
 
 
 @found_by(RENAMES + "test_failed_rename_is_rolled_back", "assert {} == {")
@@ -157,7 +156,7 @@ def size_and_time_are_trusted(patch):
 @found_by("checkpoint/test_names.py::test_names_that_were_once_temporary", "config.json.tmp")
 def temporary_names_collide(patch):
     """A temporary file has a name that the source may have."""
-    for module in (writer, output):
+    for module in (disk, output):
         patch.setattr(module, "temporary", lambda path: path.with_name(path.name + ".tmp"))
 
 
@@ -176,7 +175,7 @@ def no_memory_bound(patch):
 @found_by(FORMS + "test_a_name_twice_in_a_header", "DID NOT RAISE")
 def names_twice_in_a_header(patch):
     """Of two tensors of one name in a header the last one counts."""
-    patch.setattr(layout, "unique_names", dict)
+    patch.setattr(untrusted, "unique_names", dict)
 
 
 @found_by(FORMS + "test_a_name_in_two_shards", "DID NOT RAISE")

@@ -43,7 +43,7 @@ def run_tests(tmp_path, monkeypatch):
                     *(str(TESTS / test) for test in tests),
                     *("-q", "--tb=short", "--import-mode=importlib", "--noconftest", f"--rootdir={TESTS}"),
                     *("-c", str(tmp_path / "pytest.ini"), f"--basetemp={tmp_path / 'nested'}"),
-                    *("-p", "no:cacheprovider", "-p", "no:xdist"),
+                    *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.core.checkpoint.conftest"),
                 ],
                 plugins=[outcome],
             )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fourbit.cli import console, options, sample_model, workers
-from fourbit.cli.demo_table import show
+from fourbit.cli import console, conversion, options
+from fourbit_transformers.demo import sample_model, workers
+from fourbit_transformers.demo.table import show
 
 if TYPE_CHECKING:
     from fourbit.config import QuantConfig
@@ -62,9 +64,8 @@ class _Steps:
     def worker(self, name: str, module: str, *arguments: str) -> dict[str, Any]:
         """A step in a process of its own."""
         begin = time.perf_counter()
-        with console.step_progress() as bar:
-            task = bar.add_task(name, total=None)  # a bar that moves to and fro until there is a count
-            result = workers.run(name, module, arguments, lambda i, n: bar.update(task, completed=i, total=n))
+        with console.bar(name) as advance:
+            result = workers.run(name, f"fourbit_transformers.demo.{module}", arguments, advance)
         self.done(name, begin)
         return result
 
@@ -76,26 +77,25 @@ class _Steps:
 
 def run(folder: Path, config: QuantConfig) -> dict[str, Any]:
     """All steps, in `folder`; what they gave, as JSON values."""
-    from fourbit.cli.evaluate import describe
-    from fourbit.cli.quantize import run as quantize
+    from fourbit_transformers.demo.evaluate import describe
 
     begin = time.perf_counter()
     steps = _Steps()
-    with console.step_progress() as bar:
-        bar.add_task("weights", total=None)
+    with console.bar("weights"):
         gguf, origin = sample_model.find_weights()
     steps.done("weights", begin)
     plain, packed = folder / "16bit", folder / "4bit"
-    steps.worker("16-bit folder", "fourbit.cli.sample_model", str(gguf), str(plain))
+    steps.worker("16-bit folder", "sample_model", str(gguf), str(plain))
 
     from fourbit import dispatch  # torch comes in here, after the first bar is seen
+    from fourbit.checkpoint.quantize import quantize_checkpoint
 
     start = time.perf_counter()
-    report = quantize(plain, packed, config, options.device("cpu"), overwrite=False)
+    report = conversion.run("quantizing", partial(quantize_checkpoint, plain, config=config), packed, resume=None)
     steps.done("quantize", start)
     quantize_ops = [describe(found) for found in dispatch.resolutions()]
-    before = steps.worker("16-bit model", "fourbit.cli.evaluate", str(plain))
-    after = steps.worker("4-bit model", "fourbit.cli.evaluate", str(packed))
+    before = steps.worker("16-bit model", "evaluate", str(plain))
+    after = steps.worker("4-bit model", "evaluate", str(packed))
 
     plan = report.plan
     quantized = plan.quantized

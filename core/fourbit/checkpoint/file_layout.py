@@ -1,4 +1,4 @@
-"""How the output is laid out: which tensor goes into which file, and at which byte.
+"""How weight files are laid out: which tensor goes into which file, and at which byte.
 
 All of it follows from the plan, before a single weight is read: the header of a file can be written first
 and the tensors after it one at a time, and the same plan gives the same bytes.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fourbit import codebooks
-from fourbit.checkpoint import layout
+from fourbit.checkpoint import weight_files
 from fourbit.checkpoint.reader import DTYPE_NAMES, META_MARK, TensorInfo
 from fourbit.double_quant import NESTED_BLOCKSIZE
 from fourbit.state import QuantState
@@ -121,9 +121,9 @@ def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes:
         groups[-1].append(item)
         size += item.nbytes
     if len(groups) == 1:
-        return [_shard(layout.single_file(stem), groups[0], metadata)]
+        return [_shard(weight_files.single_file(stem), groups[0], metadata)]
     count = len(groups)
-    return [_shard(layout.shard_file(stem, i, count), group, metadata) for i, group in enumerate(groups, 1)]
+    return [_shard(weight_files.shard_file(stem, i, count), group, metadata) for i, group in enumerate(groups, 1)]
 
 
 def _shard(file: str, items: list[Item], metadata: Mapping[str, str]) -> Shard:

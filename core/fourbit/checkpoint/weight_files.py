@@ -5,15 +5,13 @@ A folder is input from a stranger: neither an index nor a link may point outside
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fourbit.checkpoint import links
-from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint import untrusted
+from fourbit.checkpoint.errors import CheckpointError, first_of
 
 STEMS = ("model", "diffusion_pytorch_model")
 """What weight files are called by transformers, and by diffusers."""
@@ -25,8 +23,6 @@ PIPELINE_FILE = "model_index.json"
 MOST_PARTS = 12
 """Names that an error lists."""
 _INDEX_NAME = re.compile(r"\.safetensors\.index(\.[^.]+)?\.json$")
-MAX_JSON_BYTES = 1 << 28
-"""Longest JSON file that is read; an index of a million tensors has about 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,9 @@ def find_files(path: Path) -> WeightFiles:
     if (path / PIPELINE_FILE).is_file():
         raise CheckpointError(f"{path} is a pipeline of diffusers ({PIPELINE_FILE}), not one model; {_parts(path)}")
     for stem in STEMS:  # the order in which transformers and diffusers look
-        if is_there(path / single_file(stem)):
+        if untrusted.is_there(path / single_file(stem)):
             return _single(path / single_file(stem), path)
-        if is_there(path / index_file(stem)):
+        if untrusted.is_there(path / index_file(stem)):
             return _from_index(path / index_file(stem), path)
     names = sorted(p.name for p in path.iterdir() if p.name.endswith((".safetensors", ".json")))
     indexes = [name for name in names if _INDEX_NAME.search(name)]
@@ -112,8 +108,7 @@ def _parts(path: Path) -> str:
     folders = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = sorted(f"{p.name}/" for p in folders if next(p.glob("*.safetensors"), None) is not None)
     found += sorted(p.name for p in path.glob("*.safetensors"))
-    more = f" and {len(found) - MOST_PARTS} more" if len(found) > MOST_PARTS else ""
-    return f"it has weights in {', '.join(found[:MOST_PARTS])}{more}: name one of these" if found else ""
+    return f"it has weights in {first_of(found, MOST_PARTS)}: name one of these" if found else ""
 
 
 def _single(path: Path, folder: Path) -> WeightFiles:
@@ -124,114 +119,24 @@ def _single(path: Path, folder: Path) -> WeightFiles:
 def _from_index(path: Path, folder: Path | None = None) -> WeightFiles:
     if folder is not None:
         _require_file(path, folder)
-    weight_map = read_json(path).get("weight_map")
+    weight_map = untrusted.read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing, empty or not an object")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not untrusted.is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path}: tensor {name!r} is said to be in {file!r}, which is not the plain name of a"
                 " .safetensors file in the same folder"
             )
     files = [path.parent / file for file in sorted(set(weight_map.values()))]
     for file_path in files:
-        if not _is_file(file_path):
+        if not untrusted.is_file(file_path):
             raise CheckpointError(f"{path} names the shard {file_path.name}, which is missing")
-        links.require_inside(file_path, path.parent)
+        untrusted.require_inside(file_path, path.parent)
     return WeightFiles(files, weight_map, path, stem_of(_INDEX_NAME.sub("", path.name)))
 
 
 def _require_file(path: Path, folder: Path) -> None:
     """That it is a file, and in the folder whatever links it is made of."""
-    links.require_inside(path, folder)
-    is_there(path)
-
-
-def own_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file of a folder, {} if there is none.
-
-    Raises CheckpointError, naming the file, if it is a link out of the folder, no file, or no JSON object.
-    """
-    if not is_there(folder / name):
-        return {}
-    links.require_inside(folder / name, folder)
-    return read_json(folder / name)
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file; a name that the system refuses, such as one too long, is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file of that name is there.
-
-    Raises CheckpointError for what only looks absent or would never end: a link that leads nowhere, a pipe, a
-    folder, or what cannot be looked at.
-    """
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be looked at: {error.strerror or error}") from error
-    if not _is_file(path):
-        raise CheckpointError(f"{path} is no file, or a link that leads nowhere")
-    return True
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object in which a name is there twice is an error. Readers differ in which they take."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has the name {name[:80]!r} twice in an object")
-        found[name] = value
-    return found
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether `name` is one component of a path, on any operating system."""
-    forbidden = set("/\\:\0") & set(name)
-    return bool(name) and not forbidden and name not in (".", "..") and os.path.basename(name) == name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError, naming the file, if it is not one."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, more than a JSON file of a checkpoint ever has")
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_names)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, want an object")
-    return value
-
-
-def sync_tree(folder: Path) -> None:
-    """`sync_folder` for a folder and all below it."""
-    for inner, _, _ in os.walk(folder, topdown=False):
-        sync_folder(Path(inner))
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return  # Windows
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems
-    finally:
-        os.close(descriptor)
+    untrusted.require_inside(path, folder)
+    untrusted.is_there(path)

@@ -1,0 +1,141 @@
+"""What a conversion of a model folder is asked for, what it writes, and what it reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from fourbit.checkpoint.file_layout import Item, Shard, arrange
+from fourbit.checkpoint.reader import Checkpoint
+
+Progress = Callable[[str, int, int], None]
+"""Called after each tensor with its name, the source bytes done so far, and all source bytes."""
+
+SMALL_BUDGET = 1 << 26
+"""Bytes that may be in memory between reading and writing however small the tensors are."""
+
+R = TypeVar("R")
+
+
+class Request:
+    """What the caller of a conversion asks for, and when.
+
+    Args:
+        caller: the name of the function that is called, for its errors.
+        dst: the new folder.
+        overwrite: begin afresh, and replace the destination if it is a model folder.
+        resume: continue an unfinished folder, if there is one; what is finished already stays. Where the source's
+            files are others than those that were read, though nothing shows in them, what is done is converted again
+            and compared.
+        progress: called after each tensor, in this thread.
+        max_shard_bytes: size at which the next weight file is begun.
+
+    Raises ValueError for both `overwrite` and `resume`.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        dst: str | Path,
+        overwrite: bool,
+        resume: bool,
+        progress: Progress | None,
+        max_shard_bytes: int,
+    ) -> None:
+        self.begun = time.perf_counter()
+        if overwrite and resume:
+            raise ValueError(f"{caller}: overwrite begins afresh and resume does not: want one of them")
+        self.target = Path(dst).expanduser().resolve()
+        self.overwrite, self.resume, self.progress = overwrite, resume, progress
+        self.max_shard_bytes = max_shard_bytes
+
+
+@dataclass(frozen=True)
+class Job(Generic[R]):
+    """What is to be written, and how.
+
+    Attributes:
+        request: of the user.
+        checkpoint: the source.
+        items: what each of its tensors becomes, in its order.
+        settings: as JSON values, all that determines the output beside the source.
+        config: the new config.json; None: there is none.
+        read: what an item is made of; in a thread of its own.
+        convert: an item's tensors by name, on the CPU, from that.
+    """
+
+    request: Request
+    checkpoint: Checkpoint
+    items: Sequence[Item]
+    settings: dict[str, Any]
+    config: dict[str, Any] | None
+    read: Callable[[Item], R]
+    convert: Callable[[Item, R], Mapping[str, Tensor]]
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The new weight files."""
+        metadata = {**self.checkpoint.metadata, "format": "pt"}
+        return arrange(self.items, metadata, self.request.max_shard_bytes, self.checkpoint.stem)
+
+    @property
+    def budget(self) -> int:
+        """Bytes of sources and results in memory: twice the largest tensor, and temporaries may have as much again."""
+        return max(2 * max(map(self.source_bytes, self.items), default=0), SMALL_BUDGET)
+
+    def source_bytes(self, item: Item) -> int:
+        """Bytes that an item's reading takes: those of the tensor and, if it is in 4 bits, of its state."""
+        parts = (item.source, *self.checkpoint.quantized().get(item.source, ()))
+        return sum(self.checkpoint.info(name).nbytes for name in parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source, destination: the folders.
+        files: names of the weight files written.
+        bytes_before: of the source's tensors; bytes_after: of the tensors written. Code tables and metadata included.
+        copied: other files carried over.
+        left_out: files with weights in other forms or of other models, which were not.
+        skipped: what else was not, with the reason: links out of the source, pipes, devices.
+        resumed_bytes: of the source's tensors, that an earlier run had done.
+        seconds: that it took.
+        leftovers: folders beside the new one that runs left and that are not known to be of no use.
+    """
+
+    source: Path
+    destination: Path
+    files: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+    skipped: dict[str, str]
+    resumed_bytes: int
+    seconds: float
+    leftovers: tuple[Path, ...]
+
+    def _as_json(self, **tensors: Any) -> dict[str, Any]:
+        """As JSON values, with what became of the tensors in second place."""
+        return {
+            "source": str(self.source),
+            "destination": str(self.destination),
+            **tensors,
+            "files": list(self.files),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "copied": list(self.copied),
+            "left_out": list(self.left_out),
+            "skipped": self.skipped,
+            "resumed_bytes": self.resumed_bytes,
+            "seconds": self.seconds,
+            "leftovers": [str(path) for path in self.leftovers],
+        }
