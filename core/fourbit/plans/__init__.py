@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from fourbit import dispatch
+from fourbit.checkpoint.walk import describe_folder
 from fourbit.config import QuantConfig
+from fourbit.nn.walk import describe_model
 from fourbit.plans import rules
-from fourbit.plans.folder import describe_folder
 from fourbit.plans.layer import Layer
-from fourbit.plans.model import describe_model
 from fourbit.plans.record import LARGE, PlannedTensor, QuantPlan
 from fourbit.state import quantized_nbytes
 

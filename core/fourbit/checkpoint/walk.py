@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fourbit.nn.walk import describe_model
 from fourbit.plans import known
 from fourbit.plans.layer import TRANSPOSED_MODELS, Layer, kind_by_name, role_by_name
-from fourbit.plans.model import describe_model
 
 if TYPE_CHECKING:
     from fourbit.checkpoint.reader import Checkpoint, TensorInfo
