@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fourbit.checkpoint.reader import Checkpoint, TensorInfo
 from fourbit.nn.walk import describe_model
 from fourbit.plans import known
 from fourbit.plans.layer import TRANSPOSED_MODELS, Layer, kind_by_name, role_by_name
 
-if TYPE_CHECKING:
-    from fourbit.checkpoint.reader import Checkpoint, TensorInfo
+_WHOLE = ("linear", "declared")
+"""Kinds of weights of which a part cannot be quantized by itself."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,21 @@ class DescribedFolder:
     described_by: str
 
 
-def describe_folder(folder: Path) -> DescribedFolder:
-    """Describe the tensors of a folder by its headers. Raises OSError or ValueError if it cannot be read."""
-    from fourbit.checkpoint.reader import Checkpoint
-
-    with Checkpoint(folder) as checkpoint:
-        packed = set(checkpoint.quantized()) | checkpoint.companions()
-        names = tuple(name for name in checkpoint.entries if name not in packed)
-        model, reason = known.ask(checkpoint.config, names)
-        by_name = _by_names(checkpoint)
-        described = _by_model(model, checkpoint, by_name) if model is not None else by_name
-        layers = [
-            replace(by_name[name], note="4-bit already") if name in packed else described[name]
-            for name in checkpoint.entries
-        ]
-        if model is None:
-            return DescribedFolder(layers, list(described.values()), f"names ({reason})")
-        return DescribedFolder(layers, describe_model(model.model), model.source)
+def describe_folder(checkpoint: Checkpoint) -> DescribedFolder:
+    """Describe the tensors of a folder, whose headers have been read."""
+    packed = set(checkpoint.quantized()) | checkpoint.companions()
+    names = tuple(name for name in checkpoint.entries if name not in packed)
+    model, reason = known.ask(checkpoint.config, names)
+    by_name = _by_names(checkpoint)
+    parts = [] if model is None else describe_model(model.model)
+    described = by_name if model is None else _by_model(model, parts, checkpoint, by_name)
+    layers = [
+        replace(by_name[name], note="4-bit already") if name in packed else described[name]
+        for name in checkpoint.entries
+    ]
+    if model is None:
+        return DescribedFolder(layers, list(described.values()), f"names ({reason})")
+    return DescribedFolder(layers, parts, model.source)
 
 
 def _by_names(checkpoint: Checkpoint) -> dict[str, Layer]:
@@ -71,9 +68,11 @@ def _from_name(name: str, info: TensorInfo, transposed: bool) -> Layer:
     return Layer(name, module, leaf, shape, info.dtype, info.nbytes, kind, role_by_name(module))
 
 
-def _by_model(model: known.KnownModel, checkpoint: Checkpoint, by_name: Mapping[str, Layer]) -> dict[str, Layer]:
+def _by_model(
+    model: known.KnownModel, layers: list[Layer], checkpoint: Checkpoint, by_name: Mapping[str, Layer]
+) -> dict[str, Layer]:
     """A layer for each tensor: the model's, where it goes to one, with the name and the size that it has here."""
-    parts = {layer.name: layer for layer in describe_model(model.model)}
+    parts = {layer.name: layer for layer in layers}
     buffers = {name for name, _ in model.model.named_buffers(remove_duplicate=False)}
     found = {}
     for name in checkpoint.entries:
@@ -90,13 +89,13 @@ def _by_model(model: known.KnownModel, checkpoint: Checkpoint, by_name: Mapping[
 
 def _as_stored(goals: list[Layer], rearranged: bool, stored: Layer) -> Layer:
     """What the tensor `stored` is, knowing which of the model's it becomes."""
-    goal = next((g for g in goals if g.kind == "linear"), goals[0])
+    goal = next((g for g in goals if g.kind in _WHOLE), goals[0])
     kind = goal.kind
-    if rearranged and kind == "linear":
+    if rearranged and kind in _WHOLE:
         kind = "rearranged"
     elif kind == "experts" and len(stored.shape) == 2:
         kind = "linear"  # one expert's matrix
-    elif kind == "linear" and len(stored.shape) != 2:
+    elif kind in _WHOLE and len(stored.shape) != len(goal.shape):
         kind = "other"  # folder and model disagree
     return replace(
         goal,

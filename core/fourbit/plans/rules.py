@@ -75,10 +75,9 @@ def _alone(layer: Layer, config: QuantConfig) -> Decision:
         return Decision(False, "bias")
     if layer.dtype not in checks.COMPUTE_DTYPES:
         return Decision(False, f"{dtype_name(layer.dtype)} is not a 16/32-bit dtype", deliberate=False)
-    if layer.kind == "linear":
-        return Decision(True, "linear weight")
-    if layer.kind == "experts":
-        return Decision(True, "stacked expert weights")
+    made = {"linear": "linear weight", "experts": "stacked expert weights", "declared": f"weight of {layer.owner}"}
+    if layer.kind in made:
+        return Decision(True, made[layer.kind])
     left = {
         "convolution": "convolution",
         "transposed": "stored transposed (Conv1D)",
