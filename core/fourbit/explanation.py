@@ -79,12 +79,16 @@ def explain(
 
     Raises ValueError for a name that is no op, TypeError for a module that is no 4-bit layer.
     """
-    if isinstance(layer_or_op, nn.Module):
-        layer = _as_packed(layer_or_op)
-        query, shape = layer.query(), shape or layer.weight_shape
+    if isinstance(layer_or_op, PackedModule):
+        query, shape = layer_or_op.query(), shape or layer_or_op.weight_shape
+    elif isinstance(layer_or_op, nn.Module):
+        inside = sum(isinstance(m, PackedModule) for m in layer_or_op.modules())
+        hint = f"; it has {inside} such layers inside, ask about one of them" if inside else ""
+        kind = type(layer_or_op).__name__
+        raise TypeError(f"{kind} is not a 4-bit layer of fourbit.nn and runs in plain torch{hint}")
     elif layer_or_op in OPS:
         where = torch.device(device or "cpu")
-        size = blocksize or _default_blocksize(layer_or_op, where)
+        size = blocksize or (256 if layer_or_op.endswith("blockwise") else dispatch.default_blocksize(where))
         query = OpQuery(op=layer_or_op, device=where, dtype=torch.float32, blocksize=size)
     else:
         raise ValueError(f"no op {layer_or_op!r}; the ops are {', '.join(OPS)}")
@@ -102,18 +106,6 @@ def explain(
         return Explanation(query, None, "no backend runs this", (), others, str(error))
     path = dispatch.describe(found, tuple(shape))
     return Explanation(query, found.entry.name, path, found.rejected, others)
-
-
-def _default_blocksize(op: str, device: torch.device) -> int:
-    return 256 if op.endswith("blockwise") else dispatch.default_blocksize(device)
-
-
-def _as_packed(layer: nn.Module) -> PackedModule:
-    if isinstance(layer, PackedModule):
-        return layer
-    inside = sum(isinstance(m, PackedModule) for m in layer.modules())
-    hint = f"; it has {inside} such layers inside, ask about one of them" if inside else ""
-    raise TypeError(f"{type(layer).__name__} is not a 4-bit layer of fourbit.nn and runs in plain torch{hint}")
 
 
 __all__ = ["Explanation", "explain"]

@@ -57,7 +57,7 @@ class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight
         self.norm_type = 2.0
         self.scale_grad_by_freq = False
         self.sparse = False
-        self._setup((num_embeddings, embedding_dim), quant_type, blocksize, double_quant, dtype, device)
+        self.setup((num_embeddings, embedding_dim), quant_type, blocksize, double_quant, dtype, device)
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, config: QuantConfig | None = None, name: str = "weight") -> Self:

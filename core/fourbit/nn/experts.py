@@ -43,7 +43,7 @@ class ExpertWeights4bit(PackedModule):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"ExpertWeights4bit: want a shape [experts, out, in], got {list(shape)}")
-        self._setup(tuple(shape), quant_type, blocksize, double_quant, dtype, device)
+        self.setup(tuple(shape), quant_type, blocksize, double_quant, dtype, device)
 
     @classmethod
     def from_parameter(cls, weight: Tensor, config: QuantConfig | None = None, name: str = "weight") -> Self:

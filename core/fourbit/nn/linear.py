@@ -50,7 +50,7 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = as_compute_dtype(compute_dtype)
-        self._setup((out_features, in_features), quant_type, blocksize, double_quant, dtype, device)
+        self.setup((out_features, in_features), quant_type, blocksize, double_quant, dtype, device)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=self.qweight.device))

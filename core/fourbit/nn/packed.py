@@ -29,6 +29,9 @@ REPLACEMENTS: dict[type, type[PackedModule]] = {}
 class PackedModule(PackedStorage):
     """A module with a frozen 4-bit weight, in the place of a 16-bit one.
 
+    A subclass calls `setup` in its `__init__`, and has `like` and `forward`; `query` and `sample` where its forward runs
+    another op than `op`, or takes other arguments than rows of the weight's last dimension.
+
     Attributes:
         replaces: of the class: whose modules' place it takes, and whose `weight` it quantizes; nn.Parameter: the place
             of a 3-D parameter. To set it registers the class; None: only its maker knows where it belongs.

@@ -72,8 +72,7 @@ def apply_plan(model: nn.Module, steps: QuantPlan) -> None:
         assert found is not None  # by the walk that the plan is made of
         cls, replaced = found
         if replaced is model:
-            kind = type(model).__name__
-            raise ValueError(f"the model is itself an nn.{kind}: use fourbit.nn.{cls.__name__}.from_{kind.lower()}")
+            raise ValueError(f"the model is itself a {type(model).__name__}: use {cls.__name__}.from_module")
         weight = id(owner._parameters[leaf])
         made[step.name] = cls.from_module(replaced, steps.config, step.name, twins.get(weight))
         twins.setdefault(weight, made[step.name])

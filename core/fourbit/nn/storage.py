@@ -61,7 +61,7 @@ class PackedStorage(nn.Module):
     scales: Tensor
     codebook: Tensor
 
-    def _setup(
+    def setup(
         self,
         shape: tuple[int, ...],
         quant_type: str,

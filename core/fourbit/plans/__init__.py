@@ -1,8 +1,9 @@
 """The plan: which tensors of a model are quantized, which are not, by which rule, and how many bytes that makes.
 
-One description of a layer (`layer`), one set of rules on it (`rules`), one record of what they say (`record`); neither
-knows modules or files. A walk over a model in memory (`fourbit.nn.walk`) or over a folder (`fourbit.checkpoint.walk`)
-makes the descriptions; the latter asks the model that config.json names where a plugin knows that class (`known`).
+One description of a layer (`layer`), one set of rules on it (`rules`), one record of what they say (`record`); none
+knows modules or files. The walk over a model in memory (`fourbit.nn.walk`) or over a folder's headers
+(`fourbit.checkpoint.plan`) makes the descriptions; the latter asks the model that config.json names where a plugin
+knows that class (`known`).
 """
 
 from __future__ import annotations
