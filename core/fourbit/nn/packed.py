@@ -29,8 +29,8 @@ REPLACEMENTS: dict[type, type[PackedModule]] = {}
 class PackedModule(PackedStorage):
     """A module with a frozen 4-bit weight, in the place of a 16-bit one.
 
-    A subclass calls `setup` in its `__init__`, and has `like` and `forward`; `query` and `sample` where its forward runs
-    another op than `op`, or takes other arguments than rows of the weight's last dimension.
+    A subclass calls `setup` in its `__init__`, and has `like` and `forward`; and `query` and `sample` of its own where
+    these do not say what its forward asks and takes.
 
     Attributes:
         replaces: of the class: whose modules' place it takes, and whose `weight` it quantizes; nn.Parameter: the place

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fourbit.config import QuantConfig
-from fourbit.functional import require_finite
 from fourbit.nn.packed import PackedModule, replacement
 from fourbit.nn.walk import describe_model
 from fourbit.plans import QuantPlan, planned
@@ -41,29 +40,6 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None, *, stric
             f"{len(steps.large_left)} large tensor(s) would stay in 16 bit; name their modules in skip_modules if that"
             f" is meant:{listing}"
         )
-    for step in steps.quantized:
-        weight = model.get_parameter(step.name)
-        if weight.device.type != "meta":
-            require_finite(weight, step.name)
-    apply_plan(model, steps)
-    return model
-
-
-def plan_model(
-    model: nn.Module, config: QuantConfig | None = None, device: torch.device | str | None = None
-) -> QuantPlan:
-    """`fourbit.plan` of a model; `device` None: where its parameters are, or the CPU."""
-    layers = describe_model(model)
-    where = device or next((p.device for p in model.parameters() if p.device.type != "meta"), "cpu")
-    return planned(layers, layers, config, where, type(model).__name__, "the model")
-
-
-def apply_plan(model: nn.Module, steps: QuantPlan) -> None:
-    """Swap the modules of a plan, without looking for non-finite values first.
-
-    Layers that shared one weight share one storage afterwards. All or nothing: whatever raises, the model is as it
-    was.
-    """
     twins: dict[int, PackedModule] = {}
     made: dict[str, PackedModule] = {}
     for step in steps.quantized:
@@ -77,6 +53,16 @@ def apply_plan(model: nn.Module, steps: QuantPlan) -> None:
         made[step.name] = cls.from_module(replaced, steps.config, step.name, twins.get(weight))
         twins.setdefault(weight, made[step.name])
     swap(model, made)
+    return model
+
+
+def plan_model(
+    model: nn.Module, config: QuantConfig | None = None, device: torch.device | str | None = None
+) -> QuantPlan:
+    """`fourbit.plan` of a model; `device` None: where its parameters are, or the CPU."""
+    layers = describe_model(model)
+    where = device or next((p.device for p in model.parameters() if p.device.type != "meta"), "cpu")
+    return planned(layers, layers, config, where, type(model).__name__, "the model")
 
 
 def swap(model: nn.Module, modules: Mapping[str, PackedModule]) -> None:
@@ -85,11 +71,13 @@ def swap(model: nn.Module, modules: Mapping[str, PackedModule]) -> None:
     for parent in model.modules():
         for attribute, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, attribute))
+    swaps: list[tuple[PackedModule, nn.Module, str]] = []
+    for name, new in modules.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        whole = new.replaces is not nn.Parameter  # the module, that is, and a shared one has several places
+        swaps += [(new, *place) for place in (places[id(owner)] if whole else [(owner, leaf)])]
     with ExitStack() as undo:
-        for name, new in modules.items():
-            owner_name, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(owner_name)
-            whole = new.replaces is not nn.Parameter  # the module, that is, and a shared one has several places
-            for parent, attribute in places[id(owner)] if whole else [(owner, leaf)]:
-                new.put(parent, attribute, undo)
+        for new, parent, attribute in swaps:
+            new.put(parent, attribute, undo)
         undo.pop_all()

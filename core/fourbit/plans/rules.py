@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from fourbit import checks
 from fourbit.config import QuantConfig
@@ -18,16 +18,8 @@ MOST_EXPERTS = 4096
 _ALWAYS_LISTED = "lm_head"  # a folder of a base model has none, and may be loaded with one
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Whether a tensor is quantized.
-
-    Attributes:
-        quantize: or left as it is.
-        rule: in words, why.
-        deliberate: whether leaving it is by choice (the user's, or a rule that holds for every model), or because
-            fourbit does not know how.
-    """
+class Decision(NamedTuple):
+    """Whether a tensor is quantized, and the last two fields of a PlannedTensor on why."""
 
     quantize: bool
     rule: str
