@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fourbit.nn.packed import REPLACEMENTS, PackedModule
+from fourbit.nn.storage import STORAGE
 from fourbit.plans.layer import HEAD, Layer, is_experts, role_by_name
 
 _FOREIGN = ("bitsandbytes.", "torchao.")
@@ -42,7 +43,7 @@ def describe_model(model: nn.Module) -> list[Layer]:
                 continue
             name = f"{place.name}.{leaf}" if place.name else leaf
             note = ""
-            if isinstance(module, PackedModule) and leaf != "bias":
+            if isinstance(module, PackedModule) and leaf in STORAGE:
                 note = "4-bit already"
             elif kind_of_module.__module__.startswith(_FOREIGN):
                 note = f"quantized already, by {kind_of_module.__module__.split('.')[0]}"

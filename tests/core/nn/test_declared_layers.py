@@ -81,6 +81,9 @@ def test_in_memory(scaled_4bit, double_quant):
     assert type(a) is type(b) is scaled_4bit and a.scale is scale and a.qweight is b.qweight and a is not b
     torch.testing.assert_close(a(x), nn.functional.linear(x, a.dequantize()) * scale)
 
+    rules = {t.name: t.rule for t in fourbit.plan(held).tensors}
+    assert rules["a.qweight"] == rules["a.scales"] == "4-bit already" and "not a matrix" in rules["a.scale"]
+
     answer = fourbit.explain(a)
     assert (answer.op, answer.query.blocksize, answer.query.double_quant) == ("linear_4bit", 32, double_quant)
     assert warmup(held, rows=(1, 2)) == 4, "a and b are of one kind"
