@@ -15,22 +15,14 @@ def warmup(model: nn.Module, rows: Sequence[int] = (1,), dtype: torch.dtype | No
     have one shape, dtype, blocksize and device; `rows` are the batch sizes to come, since kernels are chosen
     by them. `dtype` is that of the activations: None takes each layer's own.
     """
-    from fourbit.nn import Embedding4bit, Linear4bit
+    from fourbit.nn import PackedModule
 
     done: set[tuple[object, ...]] = set()
     with torch.no_grad():
-        for module in model.modules():
-            if not isinstance(module, (Linear4bit, Embedding4bit)):
-                continue
-            device = module.qweight.device
+        for module in (m for m in model.modules() if isinstance(m, PackedModule)):
             for count in rows:
-                kind = (type(module), tuple(module.weight_shape), module.blocksize, module.double_quant, device, count)
-                if kind in done:
-                    continue
-                done.add(kind)
-                if isinstance(module, Linear4bit):
-                    x = torch.zeros(count, module.in_features, dtype=dtype or module.dtype, device=device)
-                else:
-                    x = torch.zeros(count, dtype=torch.int64, device=device)
-                module(x)
+                kind = (type(module), module.weight_shape, module.query(), count)
+                if kind not in done:
+                    done.add(kind)
+                    module(*module.sample(count, dtype))
     return len(done)

@@ -31,15 +31,16 @@ from fourbit.version import __version__
 
 if TYPE_CHECKING:
     from fourbit import nn
+    from fourbit.checkpoint.plan import plan
     from fourbit.explanation import explain
     from fourbit.nn.quantize import quantize_model
-    from fourbit.plans import QuantPlan, plan
+    from fourbit.plans import QuantPlan
 
 # Imported at first use, so that `import fourbit` stays light.
 _LAZY = {
     "QuantPlan": "fourbit.plans",
     "explain": "fourbit.explanation",
-    "plan": "fourbit.plans",
+    "plan": "fourbit.checkpoint.plan",
     "quantize_model": "fourbit.nn.quantize",
 }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from fourbit import dispatch, plugins, registry
 from fourbit.backend import OPS, OpQuery
+from fourbit.nn.packed import PackedModule
 
 
 @dataclass(frozen=True)
@@ -79,51 +79,33 @@ def explain(
 
     Raises ValueError for a name that is no op, TypeError for a module that is no 4-bit layer.
     """
-    if isinstance(layer_or_op, nn.Module):
-        op, known = _of_layer(layer_or_op)
+    if isinstance(layer_or_op, PackedModule):
+        query, shape = layer_or_op.query(), shape or layer_or_op.weight_shape
+    elif isinstance(layer_or_op, nn.Module):
+        inside = sum(isinstance(m, PackedModule) for m in layer_or_op.modules())
+        hint = f"; it has {inside} such layers inside, ask about one of them" if inside else ""
+        kind = type(layer_or_op).__name__
+        raise TypeError(f"{kind} is not a 4-bit layer of fourbit.nn and runs in plain torch{hint}")
+    elif layer_or_op in OPS:
+        where = torch.device(device or "cpu")
+        size = blocksize or (256 if layer_or_op.endswith("blockwise") else dispatch.default_blocksize(where))
+        query = OpQuery(op=layer_or_op, device=where, dtype=torch.float32, blocksize=size)
     else:
-        op, known = layer_or_op, {}
-    if op not in OPS:
-        raise ValueError(f"no op {op!r}; the ops are {', '.join(OPS)}")
-    where = torch.device(device) if device is not None else known.get("device", torch.device("cpu"))
-    size = blocksize or known.get("blocksize") or _default_blocksize(op, where)
-    nested = known.get("double_quant", False) if double_quant is None else double_quant
-    query = OpQuery(op, where, dtype or known.get("dtype", torch.float32), size, nested)
+        raise ValueError(f"no op {layer_or_op!r}; the ops are {', '.join(OPS)}")
+    query = replace(
+        query,
+        device=torch.device(device or query.device),
+        dtype=dtype or query.dtype,
+        blocksize=blocksize or query.blocksize,
+        double_quant=query.double_quant if double_quant is None else double_quant,
+    )
     others = tuple((i.name, i.state, i.reason) for i in plugins.backends() if i.state != "ready")
     try:
         found = dispatch.resolve(query)
     except registry.NoBackendError as error:
         return Explanation(query, None, "no backend runs this", (), others, str(error))
-    path = dispatch.describe(found, tuple(shape) or known.get("shape", ()))
+    path = dispatch.describe(found, tuple(shape))
     return Explanation(query, found.entry.name, path, found.rejected, others)
-
-
-def _default_blocksize(op: str, device: torch.device) -> int:
-    return 256 if op.endswith("blockwise") else dispatch.default_blocksize(device)
-
-
-def _of_layer(layer: nn.Module) -> tuple[str, dict[str, Any]]:
-    from fourbit.nn import Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
-
-    ops = {Linear4bit: "linear_4bit", Embedding4bit: "embedding_4bit", ExpertWeights4bit: "linear_4bit"}
-    op = next((name for kind, name in ops.items() if isinstance(layer, kind)), None)
-    if not isinstance(layer, PackedModule) or op is None:
-        inside = sum(isinstance(m, PackedModule) for m in layer.modules())
-        hint = f"; it has {inside} such layers inside, ask about one of them" if inside else ""
-        raise TypeError(f"{type(layer).__name__} is not a 4-bit layer of fourbit.nn and runs in plain torch{hint}")
-    shape = tuple(layer.weight_shape)
-    experts_unaligned = isinstance(layer, ExpertWeights4bit) and prod(shape[1:]) % layer.blocksize
-    if experts_unaligned:
-        op = "embedding_4bit"  # blocks run across experts: one expert is decoded as a row of the whole
-    # an expert's scales are decoded before its linear runs
-    nested = layer.double_quant and (op != "linear_4bit" or not isinstance(layer, ExpertWeights4bit))
-    return op, {
-        "device": layer.qweight.device,
-        "dtype": getattr(layer, "compute_dtype", None) or layer.dtype,
-        "blocksize": layer.blocksize,
-        "double_quant": nested,
-        "shape": shape,
-    }
 
 
 __all__ = ["Explanation", "explain"]

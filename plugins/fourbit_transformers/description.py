@@ -30,14 +30,15 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     with _quietly_offline():
         import transformers
 
-        found = next((kind for name in classes if (kind := _model_class(transformers, name)) is not None), None)
+        found = next((kind for name in classes if (kind := model_class(transformers, name)) is not None), None)
         if found is None:
             return None
         model = _build(transformers, found, _cleaned(config), names)
         return KnownModel(model, targets(model, names), f"{found.__name__} of transformers {transformers.__version__}")
 
 
-def _model_class(transformers: Any, name: str) -> Any:
+def model_class(transformers: Any, name: str) -> Any:
+    """transformers' model of that name, and nothing else that it has: a stranger names it. None if there is none."""
     kind = getattr(transformers, name, None)
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 

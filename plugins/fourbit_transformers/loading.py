@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.config import as_compute_dtype
-from fourbit.nn import Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
-from fourbit.nn.quantize import loop_over_experts
-from fourbit.state import QuantState
+from fourbit.nn import PackedModule
+from fourbit.nn.packed import replacement
+from fourbit.nn.quantize import swap
 from fourbit_transformers import experts
+from fourbit_transformers.description import model_class
 
 
 def load(
@@ -46,12 +47,19 @@ def load(
     packed_names, companions = checkpoint.quantized(), checkpoint.companions()
     stacked = experts.stacks(model, packed_names)
     parts = {name for names in stacked.values() for name in names}
+    made: dict[str, PackedModule] = {}
     for name in [n for n in packed_names if n not in parts] + list(stacked):
+        owner = _owner(model, name)
+        found = replacement(owner, name.rpartition(".")[2])
+        if found is None:
+            raise ValueError(f"{name} is 4-bit, and the model's {type(owner).__name__} can't hold it")
         if name in stacked:
             packed, state = experts.read_stack(checkpoint, stacked[name], model.get_parameter(name).shape)
         else:
             packed, state = checkpoint.read_4bit(name)
-        _put_packed(model, name, packed, state, torch.device(device), compute_dtype)
+        cls, replaced = found
+        made[name] = cls.from_state(packed, state, replaced, name, device=device, compute_dtype=compute_dtype)
+    swap(model, made)
     for name in checkpoint.entries:
         if name not in packed_names and name not in companions:
             _put_plain(model, name, checkpoint.read(name).to(device))
@@ -85,9 +93,8 @@ def _empty_model(transformers: Any, config: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     names = getattr(config, "architectures", None) or []
-    classes = (getattr(transformers, name, None) for name in names if isinstance(name, str))
-    # a stranger names it: a model, and nothing else that transformers has
-    cls = next((c for c in classes if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    classes = (model_class(transformers, name) for name in names if isinstance(name, str))
+    cls = next((c for c in classes if c is not None), None)
     if cls is None:
         raise ValueError(f"config.json names no architecture that transformers has: {names}")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
@@ -117,50 +124,9 @@ def _meta_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _put_packed(
-    model: nn.Module,
-    name: str,
-    packed: Tensor,
-    state: QuantState,
-    device: torch.device,
-    compute_dtype: torch.dtype | None,
-) -> None:
-    """Put a 4-bit module in the place of the one that owns `name`."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = _owner(model, owner_name, name)
-    options: dict[str, Any] = {
-        "quant_type": state.quant_type,
-        "blocksize": state.blocksize,
-        "double_quant": state.double_quant,
-        "dtype": state.dtype,
-        "device": device,
-    }
-    new: PackedModule
-    if isinstance(owner, nn.Linear):
-        new = Linear4bit(owner.in_features, owner.out_features, bias=False, compute_dtype=compute_dtype, **options)
-        new.bias = owner.bias
-    elif isinstance(owner, nn.Embedding):
-        new = Embedding4bit(owner.num_embeddings, owner.embedding_dim, owner.padding_idx, **options)
-    elif len(state.shape) == 3 and leaf in owner._parameters:
-        new = ExpertWeights4bit(tuple(state.shape), **options)  # type: ignore[arg-type]
-        if owner._parameters[leaf].shape != state.shape:  # type: ignore[union-attr]
-            raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {owner._parameters[leaf].shape}")  # type: ignore[union-attr]
-        del owner._parameters[leaf]
-        owner_name = name
-        loop_over_experts(owner)
-    else:
-        raise ValueError(f"{name} is 4-bit, and the model's {type(owner).__name__} can't hold it")
-    if new.weight_shape != state.shape:
-        raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
-    new.load_packed(packed, state)
-    parent_name, _, attribute = owner_name.rpartition(".")
-    setattr(model.get_submodule(parent_name), attribute, new)
-
-
 def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Set an ordinary parameter or buffer."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = _owner(model, owner_name, name)
+    owner, leaf = _owner(model, name), name.rpartition(".")[2]
     for table in (owner._parameters, owner._buffers):
         present = table.get(leaf)
         if present is None:
@@ -175,8 +141,8 @@ def _put_plain(model: nn.Module, name: str, tensor: Tensor) -> None:
     raise ValueError(f"{name} is in the folder, and {type(model).__name__} has no such tensor")
 
 
-def _owner(model: nn.Module, owner_name: str, name: str) -> nn.Module:
+def _owner(model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(owner_name)
+        return model.get_submodule(name.rpartition(".")[0])
     except AttributeError:
         raise ValueError(f"{name} is in the folder, and {type(model).__name__} has no such module") from None

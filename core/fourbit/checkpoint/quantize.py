@@ -20,11 +20,12 @@ from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import MAX_SHARD_BYTES, Item, plain_item, quantized_item
 from fourbit.checkpoint.foreign import require_unquantized
+from fourbit.checkpoint.plan import plan
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.source import resolved
 from fourbit.config import QuantConfig
 from fourbit.functional import quantize_4bit, require_finite
-from fourbit.plans import QuantPlan, plan
+from fourbit.plans import QuantPlan
 from fourbit.state import dtype_name
 
 MOST_RULES = 6
@@ -86,7 +87,7 @@ def quantize_checkpoint(
     with Checkpoint(source) as checkpoint:
         require_unquantized(checkpoint)
         model_config = checkpoint.config  # a broken config.json stops it here, before any work
-        planned = plan(source, config, device=device)
+        planned = plan(checkpoint, config, device=device)
         require_work(planned)
         where = torch.device(device)
         job = Job(

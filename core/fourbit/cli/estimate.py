@@ -119,13 +119,13 @@ def _table_bytes(double_quant: bool) -> int:
 
 def _of_folder(folder: Path) -> tuple[list[int], int, int, int, int]:
     from fourbit.checkpoint.foreign import require_unquantized
+    from fourbit.checkpoint.plan import plan
     from fourbit.checkpoint.reader import Checkpoint
-    from fourbit.plans import plan
 
     with Checkpoint(folder) as checkpoint:
         require_unquantized(checkpoint)
         largest = max((info.nbytes for info in checkpoint.entries.values()), default=0)
-    planned = plan(folder)
+        planned = plan(checkpoint)
     other = sum(t.parameters for t in planned.skipped)
     other_bytes = sum(t.bytes_after for t in planned.skipped)
     return [t.parameters for t in planned.quantized], other, other_bytes, planned.bytes_before, largest

@@ -86,10 +86,10 @@ def check_and_plan(
     """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
     from fourbit.checkpoint import destination, others
     from fourbit.checkpoint.foreign import require_unquantized
+    from fourbit.checkpoint.plan import plan
     from fourbit.checkpoint.quantize import output_items
     from fourbit.checkpoint.reader import Checkpoint
     from fourbit.checkpoint.source import resolved
-    from fourbit.plans import plan
 
     source = resolved(src)
     with Checkpoint(source) as checkpoint:
@@ -98,7 +98,7 @@ def check_and_plan(
         beside = others.find(checkpoint)
         others.require_free_names(checkpoint, beside)
         destination.check(source, others.every_file(checkpoint, beside), target, may_replace)
-        planned = plan(source, config, device=device)
+        planned = plan(checkpoint, config, device=device)
         return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
 
 

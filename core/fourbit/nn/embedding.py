@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from fourbit.config import QuantConfig
-from fourbit.nn.packed import PackedModule
+from fourbit.nn.packed import PackedModule, options
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight is a view, not a Parameter
@@ -22,6 +27,10 @@ class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight
     ids (int32 or int64, any shape) give [*ids.shape, embedding_dim]. A newly made one has no table yet and
     gives NaN: use `from_embedding`, `store` or `load_state_dict`.
     """
+
+    replaces = nn.Embedding
+    kind = "embedding"
+    op = "embedding_4bit"
 
     def __init__(
         self,
@@ -48,33 +57,27 @@ class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight
         self.norm_type = 2.0
         self.scale_grad_by_freq = False
         self.sparse = False
-        self._setup((num_embeddings, embedding_dim), quant_type, blocksize, double_quant, dtype, device)
+        self.setup((num_embeddings, embedding_dim), quant_type, blocksize, double_quant, dtype, device)
 
     @classmethod
-    def from_embedding(
-        cls, embedding: nn.Embedding, config: QuantConfig | None = None, name: str = "weight"
-    ) -> Embedding4bit:
+    def from_embedding(cls, embedding: nn.Embedding, config: QuantConfig | None = None, name: str = "weight") -> Self:
         """Quantize an nn.Embedding.
 
         Raises ValueError if it has a max_norm, which rewrites the table during lookups.
         """
-        if embedding.max_norm is not None:
+        return cls.from_module(embedding, config, name)
+
+    @classmethod
+    def like(cls, replaced: nn.Embedding, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> Self:
+        """An empty one of the same size. Raises ValueError for one with a max_norm."""
+        if replaced.max_norm is not None:
             raise ValueError("an embedding with max_norm rewrites its table on every lookup: it cannot be frozen")
-        config = config or QuantConfig()
-        result = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            quant_type=config.quant_type,
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-            dtype=embedding.weight.dtype,
-            device=embedding.weight.device,
-        )
-        if embedding.weight.device.type != "meta":
-            result.store(embedding.weight, name)
-        result.train(embedding.training)
-        return result
+        size = replaced.num_embeddings, replaced.embedding_dim
+        return cls(*size, replaced.padding_idx, **options(config, dtype, device))
+
+    def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """`rows` times the first id."""
+        return (torch.zeros(rows, dtype=torch.int64, device=self.qweight.device),)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the table: [*ids.shape, embedding_dim] in the logical dtype."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fourbit.backend import OpQuery
 from fourbit.config import QuantConfig
 from fourbit.functional import grouped_linear_4bit
-from fourbit.nn.packed import PackedModule
+from fourbit.nn.packed import PackedModule, options
 from fourbit.nn.view import WeightView
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ExpertWeights4bit(PackedModule):
@@ -20,6 +26,9 @@ class ExpertWeights4bit(PackedModule):
     `functional.linear` and `@` run without a 16-bit copy, and torch functions on the whole see the
     dequantized tensor (all experts at once: an implementation that loops over experts needs far less memory).
     """
+
+    replaces = nn.Parameter
+    kind = "experts"
 
     def __init__(
         self,
@@ -34,25 +43,39 @@ class ExpertWeights4bit(PackedModule):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"ExpertWeights4bit: want a shape [experts, out, in], got {list(shape)}")
-        self._setup(tuple(shape), quant_type, blocksize, double_quant, dtype, device)
+        self.setup(tuple(shape), quant_type, blocksize, double_quant, dtype, device)
 
     @classmethod
-    def from_parameter(
-        cls, weight: Tensor, config: QuantConfig | None = None, name: str = "weight"
-    ) -> ExpertWeights4bit:
+    def from_parameter(cls, weight: Tensor, config: QuantConfig | None = None, name: str = "weight") -> Self:
         """Quantize a 3-D tensor; `name` is for the message of NonFiniteError."""
-        config = config or QuantConfig()
-        result = cls(
-            tuple(weight.shape),  # type: ignore[arg-type]
-            quant_type=config.quant_type,
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        if weight.device.type != "meta":
-            result.store(weight, name)
-        return result
+        return cls.from_module(weight, config, name)
+
+    @classmethod
+    def like(cls, replaced: Tensor, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> Self:
+        """An empty one of the same shape."""
+        return cls(tuple(replaced.shape), **options(config, dtype, device))  # type: ignore[arg-type]
+
+    def put(self, parent: nn.Module, name: str, undo: ExitStack) -> None:
+        """As any other, and have transformers' modules loop over the experts: other ways need all of them in 16 bit."""
+        super().put(parent, name, undo)
+        config = getattr(parent, "config", None)
+        before = getattr(config, "_experts_implementation", None)
+        if before is not None:
+            undo.callback(setattr, config, "_experts_implementation", before)
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+
+    def query(self) -> OpQuery:
+        """What a product with one expert's weight asks."""
+        if self.weight_shape[1:].numel() % self.blocksize:
+            # blocks run across experts: one expert is decoded as a row of the whole
+            return replace(super().query(), op="embedding_4bit")
+        return replace(super().query(), double_quant=False)  # an expert's scales are decoded before its linear runs
+
+    def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """`rows` rows, all of them the last expert's."""
+        offsets = torch.zeros(self.weight_shape[0], dtype=torch.int32, device=self.qweight.device)
+        offsets[-1] = rows
+        return (*super().sample(rows, dtype), offsets)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Rows of x [T, in], sorted by expert, times each one's [out, in]; see `fourbit.grouped_linear_4bit`."""

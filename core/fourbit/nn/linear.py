@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fourbit.config import QuantConfig, as_compute_dtype
-from fourbit.nn.packed import PackedModule
+from fourbit.nn.packed import PackedModule, options
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _linear_4bit = torch.ops.fourbit.linear_4bit.default
 
@@ -27,6 +30,9 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
     no weight yet and gives NaN: use `from_linear`, `store` or `load_state_dict`.
     """
 
+    replaces = nn.Linear
+    kind = "linear"
+
     def __init__(
         self,
         in_features: int,
@@ -44,32 +50,23 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = as_compute_dtype(compute_dtype)
-        self._setup((out_features, in_features), quant_type, blocksize, double_quant, dtype, device)
+        self.setup((out_features, in_features), quant_type, blocksize, double_quant, dtype, device)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=self.dtype, device=self.qweight.device))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None, name: str = "weight") -> Linear4bit:
+    def from_linear(cls, linear: nn.Linear, config: QuantConfig | None = None, name: str = "weight") -> Self:
         """Quantize an nn.Linear. Its bias is shared, not copied; `name` is for the message of NonFiniteError."""
-        config = config or QuantConfig()
-        weight = linear.weight
-        result = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            quant_type=config.quant_type,
-            blocksize=config.blocksize,
-            double_quant=config.double_quant,
-            compute_dtype=config.compute_dtype,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        if weight.device.type != "meta":
-            result.store(weight, name)
-        result.bias = linear.bias
-        result.train(linear.training)
-        return result
+        return cls.from_module(linear, config, name)
+
+    @classmethod
+    def like(cls, replaced: nn.Linear, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> Self:
+        """An empty one of the same features, with the same bias."""
+        features = replaced.in_features, replaced.out_features
+        new = cls(*features, bias=False, compute_dtype=config.compute_dtype, **options(config, dtype, device))
+        new.bias = replaced.bias
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""

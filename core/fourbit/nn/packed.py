@@ -1,286 +1,156 @@
-"""PackedModule: how a module holds its 4-bit weight. Plain integer parameters, and a `.weight` view.
+"""PackedModule: a 4-bit layer answers for itself. What it takes the place of, how it is made, and what it runs.
 
-Everything that must keep its bits is an integer tensor: `qweight` uint8, and float32 scales as int32 bit
-patterns. Casts (`.half()`), mixed precision and serialization then have nothing to round, and rows shard on
-dimension 0. They are FrozenTensors: nobody's arithmetic on `parameters()` reaches them. `weight` is a throw-away
-`WeightView` of the logical shape and dtype, so that libraries which read or write `module.weight` (peft's merges,
-initializations) work without knowing of fourbit.
+Plans, quantize_model, explain, GPU warm-up and loaders ask it and know no layer by its class: a subclass elsewhere that
+says what it `replaces`, how one is made `like` it and what `op` it runs is planned, swapped in, explained, warmed up
+and loaded as those of this package are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import prod
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fourbit import checks, codebooks, dispatch
-from fourbit.double_quant import NESTED_BLOCKSIZE
-from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
-from fourbit.nn.frozen import FrozenTensor, frozen, plain
-from fourbit.nn.loading import entry_errors
-from fourbit.nn.view import WeightView
+from fourbit.backend import OpQuery
+from fourbit.config import QuantConfig
+from fourbit.nn.storage import STORAGE, PackedStorage
 from fourbit.state import QuantState
 
-_float32 = torch.float32
-_plain = torch._C.DisableTorchFunctionSubclass
-_modes = torch._C._len_torch_dispatch_stack
-_compiling = torch.compiler.is_compiling
-_FLOAT32_NAN = 0x7FC00000
-_NESTED_BUFFERS = ("nested_scales", "nested_codebook", "nested_offset")
-_STORAGE = ("qweight", "scales", "codebook", *_NESTED_BUFFERS)
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+REPLACEMENTS: dict[type, type[PackedModule]] = {}
+"""Which PackedModule takes the place of the modules of a class, and of a stacked parameter (under nn.Parameter)."""
 
 
-class PackedModule(nn.Module):
-    """A module with a 4-bit weight of `weight_shape`, n elements in b = ceil(n/blocksize) blocks.
+class PackedModule(PackedStorage):
+    """A module with a frozen 4-bit weight, in the place of a 16-bit one.
+
+    A subclass calls `setup` in its `__init__`, and has `like` and `forward`; and `query` and `sample` of its own where
+    these do not say what its forward asks and takes.
 
     Attributes:
-        qweight: Parameter uint8 [*weight_shape[:-1], weight_shape[-1]/2], or flat [ceil(n/2)] if the last
-            dimension is odd.
-        scales: Parameter int32 holding float32 bits, or uint8 if double-quantized: [*weight_shape[:-1],
-            weight_shape[-1]/blocksize], or flat [b] where blocks run across rows.
-        codebook: buffer int32 [16] holding float32 bits; if double-quantized likewise
-        nested_scales [ceil(b/256)], nested_codebook [256] and nested_offset [1].
-        quant_type, blocksize, double_quant: as in QuantConfig.
-        dtype: logical dtype of `weight`; follows `.half()` and the like, which leave the bits alone.
-        weight_shape: torch.Size of `weight`.
-
-    Until a weight is stored or loaded the scales are NaN: what was never set computes NaN, not garbage.
-
-    What `state_dict()` holds aliases the storage and is guarded like it (see FrozenTensor). An average of such state
-    dicts, made by hand, has float32 in place of the integers: `load_state_dict` refuses it, and takes one in which
-    only the floating-point entries were averaged. FSDP2's shards are DTensors of ordinary integers: there whoever
-    averages must leave out what requires no gradient.
+        replaces: of the class: whose modules' place it takes, and whose `weight` it quantizes; nn.Parameter: the place
+            of a 3-D parameter. To set it registers the class; None: only its maker knows where it belongs.
+        kind: of the class: what a plan calls such a weight, see `fourbit.plans.layer.Layer`.
+        op: of the class: that its forward runs.
+        compute_dtype: that the input is cast to; None: the input's dtype stays.
     """
 
-    _is_hf_initialized = True  # transformers' initialization must not overwrite packed weights
-    qweight: Tensor
-    scales: Tensor
-    codebook: Tensor
+    replaces: ClassVar[type | None] = None
+    kind: ClassVar[str] = "declared"
+    op: ClassVar[str] = "linear_4bit"
+    compute_dtype: torch.dtype | None = None
 
-    def _setup(
-        self,
-        shape: tuple[int, ...],
-        quant_type: str,
-        blocksize: int | None,
-        double_quant: bool,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-    ) -> None:
-        """Register the empty storage. To be called once, after nn.Module.__init__."""
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        op = type(self).__name__
-        checks.compute_dtype(op, dtype)
-        where = torch.device("cpu" if device is None else device) if device is not None else torch.empty(0).device
-        if blocksize is None:
-            blocksize = dispatch.default_blocksize(where if where.type != "meta" else torch.device("cpu"))
-        checks.blocksize(op, blocksize)
-        if not shape or prod(shape) < 1:
-            raise ValueError(f"{op}: a weight of shape {list(shape)} has no elements")
-        self.quant_type = codebooks.get(quant_type).name
-        self.blocksize = blocksize
-        self.double_quant = double_quant
-        self.dtype = dtype
-        self.weight_shape = torch.Size(shape)
-        packed_shape, scales_shape = self._storage_shapes()
-        qweight = torch.zeros(packed_shape, dtype=torch.uint8, device=where)
-        self.qweight = FrozenTensor(qweight)
-        blocks = prod(scales_shape)
-        if double_quant:
-            scales = torch.zeros(scales_shape, dtype=torch.uint8, device=where)
-            groups = -(-blocks // NESTED_BLOCKSIZE)
-            nested = torch.full((groups,), _FLOAT32_NAN, dtype=torch.int32, device=where)
-            self.register_buffer("nested_scales", nested)
-            self.register_buffer("nested_codebook", _bits(codebooks.dynamic_map()).to(where, copy=True))
-            self.register_buffer("nested_offset", torch.zeros(1, dtype=torch.int32, device=where))
-        else:
-            scales = torch.full(scales_shape, _FLOAT32_NAN, dtype=torch.int32, device=where)
-        self.scales = FrozenTensor(scales)
-        self.register_buffer("codebook", _bits(codebooks.get(quant_type).tensor()).to(where, copy=True))
-        self._freeze()
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        declared = cls.__dict__.get("replaces")  # not an inherited one
+        if declared is not None:
+            REPLACEMENTS[declared] = cls
 
-    def _storage_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        *lead, last = self.weight_shape
-        count = prod(self.weight_shape)
-        packed = (*lead, last // 2) if last % 2 == 0 else ((count + 1) // 2,)
-        scales = (*lead, last // self.blocksize) if last % self.blocksize == 0 else (-(-count // self.blocksize),)
-        return packed, scales
+    @classmethod
+    def like(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> Self:
+        """An empty one for the place of `replaced`, with all that this has beside its weight, such as a bias."""
+        raise NotImplementedError(f"{cls.__name__} does not say how one is made for the place of another module")
 
-    def _freeze(self) -> None:
-        """Make FrozenTensors of the storage, where it has been replaced by ordinary tensors."""
-        tables: tuple[dict[str, Any], dict[str, Any]] = (self._parameters, self._buffers)
-        for tensors in tables:
-            for name in _STORAGE:
-                if type(tensors.get(name)) in (Tensor, nn.Parameter):
-                    tensors[name] = frozen(tensors[name], parameter=tensors is self._parameters)
+    @classmethod
+    def from_module(
+        cls,
+        replaced: nn.Module | Tensor,
+        config: QuantConfig | None = None,
+        name: str = "weight",
+        twin: PackedModule | None = None,
+    ) -> Self:
+        """Quantize the weight of a module, or a parameter, of the class that this one `replaces`.
 
-    # ---- reading and writing the weight ------------------------------------------------------------
-
-    def packed_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The ops' arguments packed, absmax, code and nested absmax, code, offset (None: not double-quantized)."""
-        # straight from the dicts: nn.Module's attribute look-up costs as much as all the rest
-        parameters: dict[str, Any] = self._parameters
-        buffers: dict[str, Any] = self._buffers
-        qweight, scales, code = parameters["qweight"], parameters["scales"], buffers["codebook"]
-        if not _compiling() and _modes():  # a dispatch mode may know ordinary tensors alone
-            qweight, scales, code = plain(qweight), plain(scales), plain(code)
-            buffers = {name: plain(tensor) for name, tensor in buffers.items()}
-        with _plain():
-            if not self.double_quant:
-                return qweight.detach(), scales.view(_float32), code.view(_float32), None, None, None
-            a, b, c = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
-            return qweight.detach(), scales.detach(), code.view(_float32), a, b, c
-
-    def quant_state(self) -> tuple[Tensor, QuantState]:
-        """`(packed, state)`, sharing the module's storage."""
-        packed, absmax, code, *nested = self.packed_tensors()
-        state = QuantState(
-            *(absmax.reshape(-1), self.weight_shape, code, self.blocksize, self.quant_type, self.dtype),
-            *nested,
-        )
-        return packed, state
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as an ordinary tensor of `weight_shape`, in `dtype` (None: the logical one)."""
-        packed, state = self.quant_state()
-        return dequantize_4bit(packed, state, dtype)
-
-    @torch.no_grad()
-    def store(self, w: Tensor, name: str = "weight") -> None:
-        """Quantize `w` (of `weight_shape`) into the storage, in place.
-
-        Raises ValueError for another shape and NonFiniteError, with `name`, for NaN or Inf.
+        Args:
+            replaced: on the meta device it gives an empty one.
+            config: default QuantConfig().
+            name: for the message of NonFiniteError.
+            twin: one that has the same weight quantized already: its storage is shared.
         """
-        if w.shape != self.weight_shape:
-            raise ValueError(f"{name}: want shape {list(self.weight_shape)}, got {list(w.shape)}")
-        require_finite(w, name)
-        packed, state = quantize_4bit(
-            w.detach().to(self.qweight.device),
-            quant_type=self.quant_type,
+        weight = replaced if isinstance(replaced, Tensor) else replaced.get_parameter("weight")
+        config = config or QuantConfig()
+        if twin is not None:
+            new = cls._in_place_of(replaced, replace(config, blocksize=twin.blocksize), weight.dtype, "meta")
+            new._parameters.update({n: t for n, t in twin._parameters.items() if n in STORAGE})
+            new._buffers.update({n: t for n, t in twin._buffers.items() if n in STORAGE})
+            return new
+        new = cls._in_place_of(replaced, config, weight.dtype, weight.device)
+        if weight.device.type != "meta":
+            new.store(weight, name)
+        return new
+
+    @classmethod
+    def from_state(
+        cls,
+        packed: Tensor,
+        state: QuantState,
+        replaced: nn.Module | Tensor,
+        name: str = "weight",
+        *,
+        device: torch.device | str | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """One for the place of `replaced` with a weight that is quantized already, copied to `device` (None: its own).
+
+        Raises ValueError, with `name`, for another shape than that of `replaced`.
+        """
+        config = QuantConfig(state.quant_type, state.blocksize, state.double_quant, compute_dtype)
+        new = cls._in_place_of(replaced, config, state.dtype, packed.device if device is None else device)
+        if new.weight_shape != state.shape:
+            raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
+        new.load_packed(packed, state)
+        return new
+
+    @classmethod
+    def _in_place_of(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device | str) -> Self:
+        new = cls.like(replaced, config, dtype, torch.device(device))
+        return new.train(replaced.training) if isinstance(replaced, nn.Module) else new
+
+    def put(self, parent: nn.Module, name: str, undo: ExitStack) -> None:
+        """Take the place of the module or parameter `name` of `parent`; closing `undo` brings back what was there."""
+        for table in (parent._modules, parent._parameters):
+            undo.callback(_restore, table, dict(table))
+        parent._parameters.pop(name, None)
+        parent._modules[name] = self
+
+    def query(self) -> OpQuery:
+        """What its forward asks of the backends, for an input of its own dtype."""
+        return OpQuery(
+            op=self.op,
+            device=self.qweight.device,
+            dtype=self.compute_dtype or self.dtype,
             blocksize=self.blocksize,
             double_quant=self.double_quant,
         )
-        self.load_packed(packed, state)
 
-    @torch.no_grad()
-    def load_packed(self, packed: Tensor, state: QuantState) -> None:
-        """Take over an already quantized weight, copying it into the storage.
-
-        Raises ValueError if its shape, type, blocksize or double quantization is not the module's.
-        """
-        mine = (self.weight_shape, self.quant_type, self.blocksize, self.double_quant)
-        its = (state.shape, state.quant_type, state.blocksize, state.double_quant)
-        if mine != its:
-            raise ValueError(
-                f"{type(self).__name__} holds (shape, quant_type, blocksize, double_quant) = {_words(mine)},"
-                f" the packed weight is {_words(its)}"
-            )
-        if packed.dtype != torch.uint8 or packed.numel() != self.qweight.numel():
-            raise ValueError(f"packed: want uint8 with {self.qweight.numel()} bytes, got {packed.dtype} {packed.shape}")
-        self.qweight.copy_(packed.view(self.qweight.shape))
-        absmax = state.absmax if state.double_quant else _bits(state.absmax)
-        self.scales.copy_(absmax.view(self.scales.shape))
-        if state.nested_absmax is not None:
-            assert state.nested_code is not None and state.nested_offset is not None
-            self.nested_scales.copy_(_bits(state.nested_absmax))  # type: ignore[operator]
-            self.nested_codebook.copy_(_bits(state.nested_code))  # type: ignore[operator]
-            self.nested_offset.copy_(_bits(state.nested_offset.reshape(1)))  # type: ignore[operator]
-
-    @property
-    def weight(self) -> WeightView:
-        """A throw-away tensor of the logical shape and dtype: reading dequantizes, writing requantizes."""
-        return WeightView(self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            if not isinstance(value, Tensor):
-                raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
-            if isinstance(value, WeightView) and value.holder is self:
-                return  # what `module.weight += x` assigns after it has been written
-            self.store(value)
-            return
-        if name in _STORAGE and type(value) in (Tensor, nn.Parameter):  # also what load_state_dict(assign=True) assigns
-            value = frozen(value, parameter=isinstance(value, nn.Parameter))
-        super().__setattr__(name, value)
-
-    def _set_dtype(self, dtype: torch.dtype) -> None:
-        if dtype in checks.COMPUTE_DTYPES:
-            self.dtype = dtype
-
-    # ---- what nn.Module does to tensors ----------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        own = {id(t) for t in (*self._parameters.values(), *self._buffers.values()) if _is_storage(t)}
-
-        def keep_bits(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if id(tensor) in own and result.dtype != tensor.dtype:  # nn.Module.type() casts integers too
-                return tensor.to(result.device)
-            return result
-
-        # what does `fn` do to a floating-point weight? Then that is the logical dtype from here on.
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
-        result = super()._apply(keep_bits, recurse)  # type: ignore[no-untyped-call]
-        self._freeze()
-        self._set_dtype(probe.dtype)
-        return result
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """All of the module or nothing of it: everything is looked through before anything is taken.
-
-        A bias may be absent (whether that is an error torch decides when all modules are done, and `strict` here is
-        always true), but no part of the weight: half a weight would compute garbage.
-        """
-        own = {
-            name: tensor
-            for tensors in (self._parameters, self._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None and name not in self._non_persistent_buffers_set
-        }
-        table = _bits(codebooks.get(self.quant_type).tensor())
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        errors = entry_errors(
-            own, [name for name in _STORAGE if name in own], table, self.quant_type, state_dict, prefix, assign
-        )
-        if errors:
-            error_msgs += errors
-            # torch's own look finds the module's tensors as they are, and reports what is missing or unexpected
-            unchanged = {prefix + k: v for k, v in own.items() if prefix + k in state_dict}
-            state_dict = {**state_dict, **unchanged}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._freeze()
-
-    def extra_repr(self) -> str:
-        """The shape and the quantization, for repr()."""
-        shape = "×".join(map(str, self.weight_shape))
-        nested = ", double_quant" if self.double_quant else ""
-        return f"{shape}, {self.quant_type}, blocksize={self.blocksize}{nested}"
+    def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Arguments of forward to warm it up: `rows` rows of zeros, in `dtype` (None: the logical one)."""
+        return (torch.zeros(rows, self.weight_shape[-1], dtype=dtype or self.dtype, device=self.qweight.device),)
 
 
-def _is_storage(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype in (torch.uint8, torch.int32)
+def replacement(owner: nn.Module, leaf: str) -> tuple[type[PackedModule], nn.Module | Tensor] | None:
+    """Which class takes the place of the weight `leaf` of `owner`, and what makes place: `owner`, or the parameter.
+
+    None: nothing does. Subclasses of what a PackedModule replaces count as that.
+    """
+    kind = next((kind for kind in type(owner).__mro__ if kind in REPLACEMENTS), None)
+    if kind is not None and leaf == "weight":
+        return REPLACEMENTS[kind], owner
+    parameter = owner._parameters.get(leaf)
+    return (REPLACEMENTS[nn.Parameter], parameter) if parameter is not None and parameter.dim() == 3 else None
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32)
+def options(config: QuantConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The keyword arguments that every constructor has."""
+    names = ("quant_type", "blocksize", "double_quant")
+    return {**{name: getattr(config, name) for name in names}, "dtype": dtype, "device": device}
 
 
-def _words(facts: tuple[Any, ...]) -> str:
-    shape, *rest = facts
-    return f"({list(shape)}, {', '.join(map(str, rest))})"
+def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:
+    table.clear()  # and not only the one entry: the order is that of before
+    table.update(before)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from fourbit import grouped
 
 if TYPE_CHECKING:
-    from fourbit.nn.packed import PackedModule
+    from fourbit.nn.storage import PackedStorage
 
 aten = torch.ops.aten
 
@@ -30,11 +30,11 @@ class WeightView(Tensor):
     to *that* does not reach the module.
     """
 
-    holder: PackedModule
+    holder: PackedStorage
     expert: int | None
 
     @staticmethod
-    def __new__(cls: type[WeightView], holder: PackedModule, expert: int | None = None) -> WeightView:
+    def __new__(cls: type[WeightView], holder: PackedStorage, expert: int | None = None) -> WeightView:
         shape = holder.weight_shape if expert is None else holder.weight_shape[1:]
         view = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=holder.dtype, device=holder.qweight.device, requires_grad=False
@@ -43,7 +43,7 @@ class WeightView(Tensor):
         view.expert = expert
         return view
 
-    def __init__(self, holder: PackedModule, expert: int | None = None) -> None:
+    def __init__(self, holder: PackedStorage, expert: int | None = None) -> None:
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

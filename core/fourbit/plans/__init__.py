@@ -1,65 +1,50 @@
 """The plan: which tensors of a model are quantized, which are not, by which rule, and how many bytes that makes.
 
-One description of a layer (`layer`), made by a walk over a model in memory (`model`) or over a folder (`folder`),
-which asks the model that its config.json names where a plugin knows that class (`known`); one set of rules on it
-(`rules`).
+One description of a layer (`layer`), one set of rules on it (`rules`), one record of what they say (`record`); none
+knows modules or files. The walk over a model in memory (`fourbit.nn.walk`) or over a folder's headers
+(`fourbit.checkpoint.plan`) makes the descriptions; the latter asks the model that config.json names where a plugin
+knows that class (`known`).
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from math import prod
-from pathlib import Path
 
 import torch
-from torch import nn
 
 from fourbit import dispatch
 from fourbit.config import QuantConfig
 from fourbit.plans import rules
-from fourbit.plans.folder import describe_folder
 from fourbit.plans.layer import Layer
-from fourbit.plans.model import describe_model
 from fourbit.plans.record import LARGE, PlannedTensor, QuantPlan
 from fourbit.state import quantized_nbytes
 
-__all__ = ["LARGE", "PlannedTensor", "QuantPlan", "plan"]
+__all__ = ["LARGE", "PlannedTensor", "QuantPlan", "planned"]
 
 
-def plan(
-    model_or_folder: nn.Module | str | os.PathLike[str],
-    config: QuantConfig | None = None,
-    *,
-    device: torch.device | str | None = None,
+def planned(
+    layers: Sequence[Layer],
+    modules: Sequence[Layer],
+    config: QuantConfig | None,
+    device: torch.device | str,
+    source: str,
+    described_by: str,
 ) -> QuantPlan:
-    """What quantizing a model would do, without doing it.
+    """The plan for what a walk has found.
 
     Args:
-        model_or_folder: an nn.Module (also on the meta device), or a folder of safetensors, of which only the
-            headers are read. Where its config.json names a class that a plugin knows (transformers', say), that
-            model says what its tensors are; else their names do. `described_by` of the plan tells which.
+        layers: one for each tensor.
+        modules: the layers of the model, which a folder's tensors need not be.
         config: default QuantConfig().
-        device: where it would be quantized, for the default blocksize; None: where the model is, or the CPU.
-
-    Raises OSError or ValueError for a folder that cannot be read.
+        device: where it is quantized, for the default blocksize.
+        source, described_by: as in QuantPlan.
     """
     config = config or QuantConfig()
-    if isinstance(model_or_folder, nn.Module):
-        layers = modules = describe_model(model_or_folder)
-        where = next((p.device for p in model_or_folder.parameters() if p.device.type != "meta"), None)
-        source, described_by = type(model_or_folder).__name__, "the model"
-    else:
-        described = describe_folder(Path(model_or_folder))
-        layers, modules, described_by = described.layers, described.modules, described.described_by
-        where, source = None, str(model_or_folder)
-    chosen = torch.device(device) if device is not None else where or torch.device("cpu")
-    blocksize = config.blocksize or dispatch.default_blocksize(chosen)
-    decisions = [rules.decide(layer, config) for layer in layers]
-    tensors = tuple(
-        _planned(layer, decision, config, blocksize) for layer, decision in zip(layers, decisions, strict=True)
-    )
-    quantized = [layer for layer, decision in zip(layers, decisions, strict=True) if decision.quantize]
-    left = rules.left_modules(modules, quantized)
+    blocksize = config.blocksize or dispatch.default_blocksize(torch.device(device))
+    decisions = [(layer, rules.decide(layer, config)) for layer in layers]
+    tensors = tuple(_planned(layer, decision, config, blocksize) for layer, decision in decisions)
+    left = rules.left_modules(modules, [layer for layer, decision in decisions if decision.quantize])
     return QuantPlan(tensors, config, blocksize, source, described_by, left)
 
 

@@ -25,9 +25,9 @@ class Layer:
         leaf: the tensor's own name there, such as "weight".
         shape, dtype: as it is now.
         nbytes: of storage; 0 for a tensor in memory that shares another's.
-        kind: "linear" (an nn.Linear's own weight), "experts" (stacked, 3-D), "embedding", "convolution",
-            "transposed" (transformers' Conv1D), "rearranged" (becomes part of a linear weight when the folder is
-            loaded) or "other".
+        kind: "linear" (an nn.Linear's own weight), "experts" (stacked, 3-D), "declared" (of a module that a plugin's
+            PackedModule replaces), "embedding", "convolution", "transposed" (transformers' Conv1D), "rearranged"
+            (becomes part of a quantized weight when the folder is loaded) or "other".
         role: HEAD, ROUTER or "".
         owner: class of the module, "this" where there is none.
         note: a reason to leave it that the walk itself knows, "" if none.

@@ -140,17 +140,14 @@ class QuantPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
+        sums = ("parameters", "quantized_parameters", "bytes_before", "bytes_after")
+        bits = ("bits_per_quantized_parameter", "bits_per_parameter")
         return {
             "source": self.source,
             "described_by": self.described_by,
             "config": self.config.to_dict(),
             "blocksize": self.blocksize,
-            "parameters": self.parameters,
-            "quantized_parameters": self.quantized_parameters,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_quantized_parameter": self.bits_per_quantized_parameter,
-            "bits_per_parameter": self.bits_per_parameter,
+            **{name: getattr(self, name) for name in (*sums, *bits)},
             "large_left": [t.name for t in self.large_left],
             "tensors": [t.to_dict() for t in self.tensors],
         }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from fourbit import checks
 from fourbit.config import QuantConfig
@@ -18,16 +18,8 @@ MOST_EXPERTS = 4096
 _ALWAYS_LISTED = "lm_head"  # a folder of a base model has none, and may be loaded with one
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Whether a tensor is quantized.
-
-    Attributes:
-        quantize: or left as it is.
-        rule: in words, why.
-        deliberate: whether leaving it is by choice (the user's, or a rule that holds for every model), or because
-            fourbit does not know how.
-    """
+class Decision(NamedTuple):
+    """Whether a tensor is quantized, and the last two fields of a PlannedTensor on why."""
 
     quantize: bool
     rule: str
@@ -75,10 +67,9 @@ def _alone(layer: Layer, config: QuantConfig) -> Decision:
         return Decision(False, "bias")
     if layer.dtype not in checks.COMPUTE_DTYPES:
         return Decision(False, f"{dtype_name(layer.dtype)} is not a 16/32-bit dtype", deliberate=False)
-    if layer.kind == "linear":
-        return Decision(True, "linear weight")
-    if layer.kind == "experts":
-        return Decision(True, "stacked expert weights")
+    made = {"linear": "linear weight", "experts": "stacked expert weights", "declared": f"weight of {layer.owner}"}
+    if layer.kind in made:
+        return Decision(True, made[layer.kind])
     left = {
         "convolution": "convolution",
         "transposed": "stored transposed (Conv1D)",

@@ -9,7 +9,7 @@ from torch import nn
 import fourbit
 from fourbit.nn import Linear4bit
 from fourbit.nn.frozen import FrozenTensor
-from fourbit.nn.packed import _STORAGE
+from fourbit.nn.storage import STORAGE
 
 DOUBLE_QUANT = pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
 
@@ -29,7 +29,7 @@ class Adapted(nn.Module):
 
 
 def storage(model):
-    return {name: getattr(model.base, name) for name in _STORAGE if hasattr(model.base, name)}
+    return {name: getattr(model.base, name) for name in STORAGE if hasattr(model.base, name)}
 
 
 def values(model):

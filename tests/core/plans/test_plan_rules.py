@@ -8,8 +8,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 import fourbit
-from fourbit.nn import Linear4bit
-from fourbit.nn import quantize as quantizing
+from fourbit.nn import ExpertWeights4bit, Linear4bit
 from tests.folders import folder_of
 
 
@@ -146,7 +145,7 @@ def three():
 @pytest.mark.parametrize("error", (ValueError, KeyboardInterrupt, torch.OutOfMemoryError))
 def test_nothing_has_changed_when_a_layer_cannot_be_made(monkeypatch, error):
     model, made = three(), []
-    make = Linear4bit.from_linear
+    make = Linear4bit.from_module
 
     def second_fails(linear, *rest):
         made.append(linear)
@@ -154,7 +153,7 @@ def test_nothing_has_changed_when_a_layer_cannot_be_made(monkeypatch, error):
             raise error("no")
         return make(linear, *rest)
 
-    monkeypatch.setattr(Linear4bit, "from_linear", second_fails)
+    monkeypatch.setattr(Linear4bit, "from_module", second_fails)
     before = layers(model), list(dict(model.named_parameters()))
     with pytest.raises(error):
         fourbit.quantize_model(model)
@@ -164,14 +163,14 @@ def test_nothing_has_changed_when_a_layer_cannot_be_made(monkeypatch, error):
 @pytest.mark.parametrize("error", (ValueError, KeyboardInterrupt))
 def test_nothing_has_changed_when_a_swap_fails(monkeypatch, error):
     model = three()
-    real = quantizing.loop_over_experts
+    real = ExpertWeights4bit.put
 
-    def fail(owner):
-        real(owner)
+    def fail(*arguments):
+        real(*arguments)
         raise error("no")
 
     before = layers(model), list(dict(model.named_parameters()))
-    monkeypatch.setattr(quantizing, "loop_over_experts", fail)
+    monkeypatch.setattr(ExpertWeights4bit, "put", fail)
     with pytest.raises(error):
         fourbit.quantize_model(model)
     assert (layers(model), list(dict(model.named_parameters()))) == before

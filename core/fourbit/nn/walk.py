@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from fourbit.nn.packed import REPLACEMENTS, PackedModule
+from fourbit.nn.storage import STORAGE
 from fourbit.plans.layer import HEAD, Layer, is_experts, role_by_name
 
 _FOREIGN = ("bitsandbytes.", "torchao.")
@@ -29,8 +31,6 @@ class _Place:
 
 def describe_model(model: nn.Module) -> list[Layer]:
     """A Layer for each parameter, in the order of `named_parameters`; tied ones each have theirs."""
-    from fourbit.nn.packed import PackedModule
-
     kept = _kept_in_float32(model)
     found: list[Layer] = []
     sharing: dict[int, list[int]] = {}
@@ -43,7 +43,7 @@ def describe_model(model: nn.Module) -> list[Layer]:
                 continue
             name = f"{place.name}.{leaf}" if place.name else leaf
             note = ""
-            if isinstance(module, PackedModule) and leaf != "bias":
+            if isinstance(module, PackedModule) and leaf in STORAGE:
                 note = "4-bit already"
             elif kind_of_module.__module__.startswith(_FOREIGN):
                 note = f"quantized already, by {kind_of_module.__module__.split('.')[0]}"
@@ -134,8 +134,8 @@ def _kept_in_float32(model: nn.Module) -> list[tuple[str, re.Pattern[str]]]:
 
 def _kind(module: nn.Module, leaf: str, name: str, tensor: Tensor) -> str:
     """See `Layer.kind`. Subclasses of nn.Linear are left: what they compute is their own, and no reader swaps them."""
-    if type(module) is nn.Linear and leaf == "weight":
-        return "linear"
+    if type(module) in REPLACEMENTS and leaf == "weight":
+        return REPLACEMENTS[type(module)].kind
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):

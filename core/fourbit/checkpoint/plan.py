@@ -1,0 +1,127 @@
+"""plan: what quantizing a model or a folder would do.
+
+A folder's tensors are those of the model that a plugin knows by its config.json; else names and shapes describe them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fourbit import plugins
+from fourbit.checkpoint.reader import Checkpoint, TensorInfo
+from fourbit.config import QuantConfig
+from fourbit.nn.quantize import plan_model
+from fourbit.nn.walk import describe_model
+from fourbit.plans import QuantPlan, known, planned
+from fourbit.plans.layer import TRANSPOSED_MODELS, Layer, kind_by_name, role_by_name
+
+_UNKNOWN = "its config.json names no class that a plugin knows"
+
+_WHOLE = ("linear", "declared")
+"""Kinds of weights of which a part cannot be quantized by itself."""
+
+
+def plan(
+    model_or_folder: nn.Module | Checkpoint | str | os.PathLike[str],
+    config: QuantConfig | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> QuantPlan:
+    """What quantizing a model would do, without doing it.
+
+    Args:
+        model_or_folder: an nn.Module (also on the meta device), or a folder of safetensors, of which only the
+            headers are read; an open Checkpoint has read them already. Where its config.json names a class that a
+            plugin knows (transformers', say), that model says what its tensors are; else their names do.
+            `described_by` of the plan tells which.
+        config: default QuantConfig().
+        device: where it would be quantized, for the default blocksize; None: where the model is, or the CPU.
+
+    Raises OSError or ValueError for a folder that cannot be read.
+    """
+    if isinstance(model_or_folder, nn.Module):
+        return plan_model(model_or_folder, config, device)
+    if isinstance(model_or_folder, Checkpoint):
+        checkpoint, source = model_or_folder, str(model_or_folder.path)
+    else:
+        checkpoint, source = Checkpoint(model_or_folder), str(model_or_folder)
+    packed = set(checkpoint.quantized()) | checkpoint.companions()
+    names = tuple(name for name in checkpoint.entries if name not in packed)
+    model, reason = plugins.ask("fourbit_describe_model", known.KnownModel, config=checkpoint.config, names=names)
+    described = by_name = _by_names(checkpoint)
+    modules, described_by = list(by_name.values()), f"names ({reason or _UNKNOWN})"
+    if model is not None:
+        modules, described_by = describe_model(model.model), model.source
+        described = _by_model(model, modules, checkpoint, by_name)
+    layers = [
+        replace(by_name[name], note="4-bit already") if name in packed else described[name]
+        for name in checkpoint.entries
+    ]
+    return planned(layers, modules, config, device or "cpu", source, described_by)
+
+
+def _by_names(checkpoint: Checkpoint) -> dict[str, Layer]:
+    """A layer for each tensor, from names and shapes alone; also for tied ones that only the header names."""
+    transposed = checkpoint.config.get("model_type") in TRANSPOSED_MODELS
+    found = {name: _from_name(name, info, transposed) for name, info in checkpoint.entries.items()}
+    # safetensors.torch.save_model writes one of several tied tensors, and of the others {name: the one's name}
+    for name, kept in checkpoint.metadata.items():
+        if name not in found and kept in checkpoint.entries:
+            tied = _from_name(name, checkpoint.entries[kept], transposed)
+            found[kept] = replace(found[kept], tied=(*found[kept].tied, tied))
+            found[name] = replace(tied, first=kept, nbytes=0, tied=(found[kept],))
+    return found
+
+
+def _from_name(name: str, info: TensorInfo, transposed: bool) -> Layer:
+    module, _, leaf = name.rpartition(".")
+    shape = tuple(info.shape)
+    kind = kind_by_name(name, shape)
+    if transposed and kind == "linear":
+        kind = "transposed"
+    return Layer(name, module, leaf, shape, info.dtype, info.nbytes, kind, role_by_name(module))
+
+
+def _by_model(
+    model: known.KnownModel, layers: list[Layer], checkpoint: Checkpoint, by_name: Mapping[str, Layer]
+) -> dict[str, Layer]:
+    """A layer for each tensor: the model's, where it goes to one, with the name and the size that it has here."""
+    parts = {layer.name: layer for layer in layers}
+    buffers = {name for name, _ in model.model.named_buffers(remove_duplicate=False)}
+    found = {}
+    for name in checkpoint.entries:
+        target = model.targets.get(name, known.Target(()))
+        goals = [parts[goal] for goal in target.names if goal in parts]
+        if goals:
+            found[name] = _as_stored(goals, target.rearranged, by_name[name])
+        elif any(goal in buffers for goal in target.names):
+            found[name] = replace(by_name[name], note="buffer")
+        else:
+            found[name] = by_name[name]
+    return found
+
+
+def _as_stored(goals: list[Layer], rearranged: bool, stored: Layer) -> Layer:
+    """What the tensor `stored` is, knowing which of the model's it becomes."""
+    goal = next((g for g in goals if g.kind in _WHOLE), goals[0])
+    kind = goal.kind
+    if rearranged and kind in _WHOLE:
+        kind = "rearranged"
+    elif kind == "experts" and len(stored.shape) == 2:
+        kind = "linear"  # one expert's matrix
+    elif kind in _WHOLE and len(stored.shape) != len(goal.shape):
+        kind = "other"  # folder and model disagree
+    return replace(
+        goal,
+        name=stored.name,
+        shape=stored.shape,
+        dtype=stored.dtype,
+        nbytes=stored.nbytes,
+        kind=kind,
+        aliases=(stored.name, stored.module, goal.name),
+    )
