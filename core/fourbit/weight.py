@@ -1,65 +1,110 @@
-"""Expert by expert: the default of the grouped (mixture-of-experts) ops, and slices of stacked weights."""
+"""Weight: the one record of a packed 4-bit weight, which ops, backends and modules pass on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fourbit import double_quant
-from fourbit.float_environment import subnormals_kept
-
-if TYPE_CHECKING:
-    from fourbit.backend import Backend
-
-Weight = tuple[Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, Tensor | None]
-"""packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset"""
+from fourbit import checks, scales
+from fourbit.scales import NESTED_BLOCKSIZE
 
 
-def apply_experts(
-    backend: Backend, x: Tensor, offsets: Tensor, weight: Weight, width: int, *, transpose: bool
-) -> Tensor:
-    """Each expert's rows of x times its weight (transposed or not), by the backend's own linear ops.
+class Weight(NamedTuple):
+    """A packed 4-bit weight of n elements, as flat tensors; its shape is the op's business.
 
-    `width` is the result's last dimension.
+    `packed`: uint8, ceil(n/2) bytes in any shape; element 2i in the high nibble of byte i.
+    `absmax`: the scales, float32 with ceil(n/blocksize) elements in any shape. If `nested_absmax` is given they are
+    uint8 codes instead, and scale i is `nested_code[absmax[i]] * nested_absmax[i // 256] + nested_offset`, in
+    float32, the product rounded before the sum (no fused multiply-add).
+    `code`: float32 [16], the codebook.
+    `blocksize`: consecutive elements that share a scale.
     """
-    out = x.new_zeros(x.shape[0], width)
-    n, k = (width, x.shape[-1]) if transpose else (x.shape[-1], width)
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            out[start:end] = _one_expert(backend, x[start:end], weight, expert, n, k, transpose)
-        start = max(start, end)
-    return out
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are codes."""
+        return self.nested_absmax is not None
+
+    def scales(self) -> Tensor:
+        """The scales as float32, decoded if they are codes."""
+        return scales.decode(self.absmax, *self[4:])
+
+    def flat(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The first four fields, and the nested three if there are any: around the sizes in torch's schemas."""
+        return self[:4], self[4:] if self[4] is not None else ()
+
+    def checked(self, op: str, count: int, device: torch.device) -> Weight:
+        """The weight with contiguous tensors. Raises ValueError if it is none of `count` elements on `device`."""
+        packed, absmax, code, blocksize, a, b, c = self
+        if packed.numel() != (count + 1) // 2 or packed.dtype is not torch.uint8:
+            raise ValueError(
+                f"{op}: packed must be uint8 with {(count + 1) // 2} bytes for {count} elements,"
+                f" got {packed.dtype} {list(packed.shape)} ({packed.numel()} elements)"
+            )
+        if packed.device != device:
+            checks.wrong_device(op, "packed", packed, device)
+        check_scales(op, count, device, absmax, code, blocksize, a, b, c)
+        if a is None and packed.is_contiguous() and absmax.is_contiguous() and code.is_contiguous():
+            return self
+        return Weight(*(part.contiguous() if isinstance(part, Tensor) else part for part in self))  # type: ignore[arg-type]
+
+    def expert(self, index: int, size: int) -> Weight | None:
+        """Element `index` of stacked weights of `size` elements, its scales decoded; None if blocks straddle them."""
+        if size % self.blocksize:
+            return None
+        blocks = size // self.blocksize
+        first = index * blocks
+        absmax = self.absmax.reshape(-1)[first : first + blocks]
+        absmax = scales.decode(absmax, *self[4:], first=first)
+        packed = self.packed.reshape(-1)[index * size // 2 : (index + 1) * size // 2]
+        return Weight(packed, absmax, self.code, self.blocksize)
 
 
-def _one_expert(backend: Backend, x: Tensor, weight: Weight, expert: int, n: int, k: int, transpose: bool) -> Tensor:
-    part = slice_expert(weight, expert, n * k)
-    if part is None:
-        packed, absmax, code, blocksize, *nested = weight
-        row = torch.tensor([expert], device=x.device)
-        experts = 2 * packed.numel() // (n * k)
-        w = backend.embedding_4bit(row, packed, absmax, code, blocksize, experts, n * k, x.dtype, *nested)
-        w = w.view(n, k)
-        return x @ (w.T if transpose else w)
-    packed, absmax, code, blocksize, *_ = part
-    if transpose:
-        return backend.linear_4bit(x, packed, absmax, code, blocksize, n)
-    return backend.linear_4bit_grad(x, packed, absmax, code, blocksize, k)
-
-
-@subnormals_kept
-def slice_expert(weight: Weight, expert: int, size: int) -> Weight | None:
-    """The packed weight of one expert of `size` elements, its scales decoded; None if blocks straddle experts."""
-    packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset = weight
-    if size % blocksize:
-        return None
-    blocks = size // blocksize
-    scales = absmax.reshape(-1)[expert * blocks : (expert + 1) * blocks]
-    if nested_absmax is not None:
-        assert nested_code is not None and nested_offset is not None
-        block = torch.arange(expert * blocks, (expert + 1) * blocks, device=scales.device)
-        nested = nested_absmax.reshape(-1)[block // double_quant.NESTED_BLOCKSIZE]
-        scales = nested_code[scales.int()] * nested + nested_offset
-    return packed.reshape(-1)[expert * size // 2 : (expert + 1) * size // 2], scales, code, blocksize, None, None, None
+def check_scales(
+    op: str,
+    count: int,
+    device: torch.device,
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+) -> None:
+    """Raise ValueError unless these are the scales and the codebook of a weight of `count` elements on `device`."""
+    if blocksize & (blocksize - 1) or not checks.MIN_BLOCKSIZE <= blocksize <= checks.MAX_BLOCKSIZE:
+        checks.blocksize(op, blocksize)
+    blocks = -(-count // blocksize)
+    if absmax.numel() != blocks or absmax.dtype is not (torch.float32 if nested_absmax is None else torch.uint8):
+        checks.wrong_absmax(op, absmax, blocks, nested_absmax is not None, count, blocksize)
+    if absmax.device != device:
+        checks.wrong_device(op, "absmax", absmax, device)
+    if code.numel() != 16 or code.dtype is not torch.float32 or code.device != device:
+        checks.code(op, code, 16, device)
+    if nested_absmax is None:
+        if nested_code is not None or nested_offset is not None:
+            raise ValueError(f"{op}: nested_code or nested_offset is given without nested_absmax")
+        return
+    if nested_code is None or nested_offset is None:
+        raise ValueError(f"{op}: nested_absmax is given without nested_code and nested_offset")
+    for name, tensor, size in (
+        ("nested_absmax", nested_absmax, -(-blocks // NESTED_BLOCKSIZE)),
+        ("nested_code", nested_code, 256),
+        ("nested_offset", nested_offset, 1),
+    ):
+        if tensor.dtype is not torch.float32 or tensor.numel() != size:
+            raise ValueError(
+                f"{op}: {name} must be float32 with {size} elements, got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.device != device:
+            checks.wrong_device(op, name, tensor, device)
