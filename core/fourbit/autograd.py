@@ -26,6 +26,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _grad_enabled = torch.is_grad_enabled
 _calls: dict[str, Callable[..., Tensor]] = {name: getattr(torch.ops.fourbit, name).default for name in OPERATIONS}
 _uint8, _float32 = torch.uint8, torch.float32
+_CPU = torch.device("cpu")
 _new = tuple.__new__
 
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -77,10 +78,11 @@ class _Product(_SingleLevelFunction):
     def forward(
         ctx: Any, op: Operation, x: Tensor, bias: Tensor | None, offsets: Tensor | None, weight: Weight, width: int
     ) -> Tensor:
-        tensors = (*weight[:3], *weight[4:], offsets)
+        packed, absmax, code, ctx.blocksize, *nested = weight
+        tensors = (packed, absmax, code, *nested, offsets)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.op, ctx.blocksize, ctx.shape, ctx.width = op, weight.blocksize, x.shape, width
+        ctx.op, ctx.shape, ctx.width = op, x.shape, width
         ctx.set_materialize_grads(False)  # a derivative that is zero comes as None, not as zeros to multiply by
         return _below(_product, op, x, offsets, weight, width, bias)
 
@@ -106,17 +108,20 @@ _apply: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
 
 def _saved(ctx: Any) -> tuple[Tensor | None, Weight]:
     packed, absmax, code, *nested, offsets = ctx.saved_tensors
-    return offsets, Weight(packed, absmax, code, ctx.blocksize, *nested)
+    return offsets, _new(Weight, (packed, absmax, code, ctx.blocksize, *nested))
 
 
 def _product(
     op: Operation, x: Tensor, offsets: Tensor | None, weight: Weight, width: int, bias: Tensor | None = None
 ) -> Tensor:
     """The op itself, through torch's dispatcher."""
-    flat = (*weight[:4], width, *weight[4:])
+    call = _calls[op.name]
+    packed, absmax, code, blocksize, *nested = weight
     if offsets is not None:
-        return _calls[op.name](x, offsets, *flat)
-    return _calls[op.name](x, *flat) if bias is None else _calls[op.name](x, *flat, bias)
+        return call(x, offsets, packed, absmax, code, blocksize, width, *nested)
+    if bias is None:
+        return call(x, packed, absmax, code, blocksize, width, *nested)
+    return call(x, packed, absmax, code, blocksize, width, *nested, bias)
 
 
 def _differentiable(op: Operation) -> Callable[..., Tensor]:
@@ -164,7 +169,7 @@ def _linear_4bit(
         on_cpu = raw == _PLAIN_CPU  # then all tensors are there
     # A hit in the table vouches for dtype and blocksize, one expression for the rest; where that says no, the eager
     # kernel finds out and says why.
-    device = x.device
+    device = _CPU if on_cpu else x.device
     run: Any = None
     count = 0
     try:
