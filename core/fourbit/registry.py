@@ -19,6 +19,7 @@ import torch
 from fourbit import isolation
 from fourbit.backend import OPS, Backend, OpQuery
 from fourbit.isolation import Fault, Registered
+from fourbit.operations import Key
 
 VARIABLE = "FOURBIT_BACKENDS"
 
@@ -85,9 +86,6 @@ class Forced:
     name: str
 
 
-Key = tuple[torch.device, torch.dtype, int, bool]
-
-
 @dataclass(frozen=True)
 class State:
     """All that is known at one moment.
@@ -97,7 +95,7 @@ class State:
         entries: the ready backends, in the order in which they are asked.
         infos: of every backend that was found.
         forced: the `use_backend` blocks in force, the innermost last.
-        tables: of each op the dispatch table: (device, dtype, blocksize, double_quant) to the method that runs it.
+        tables: of each op the dispatch table: (device, dtype, blocksize, nested) to the method that runs it.
         resolutions, blocksizes: what else was worked out from the fields above.
     """
 

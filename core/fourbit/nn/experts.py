@@ -69,7 +69,7 @@ class ExpertWeights4bit(PackedModule):
         if self.weight_shape[1:].numel() % self.blocksize:
             # blocks run across experts: one expert is decoded as a row of the whole
             return replace(super().query(), op="embedding_4bit")
-        return replace(super().query(), double_quant=False)  # an expert's scales are decoded before its linear runs
+        return replace(super().query(), nested=False)  # an expert's scales are decoded before its linear runs
 
     def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """`rows` rows, all of them the last expert's."""

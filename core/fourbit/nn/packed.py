@@ -125,7 +125,7 @@ class PackedModule(PackedStorage):
             device=self.qweight.device,
             dtype=self.compute_dtype or self.dtype,
             blocksize=self.blocksize,
-            double_quant=self.double_quant,
+            nested=self.double_quant,
         )
 
     def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
