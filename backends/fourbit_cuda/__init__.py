@@ -15,9 +15,6 @@ from fourbit_gpu.backend import GpuBackend
 if TYPE_CHECKING:
     from fourbit_gpu.launcher import Launcher
 
-OLDEST_ARCH = 75
-"""Compute capability times ten of the oldest GPUs served (Turing)."""
-
 Optional = Tensor | None
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
@@ -35,6 +32,8 @@ class CudaBackend(GpuBackend):
         return missing()
 
     def supports(self, query: OpQuery) -> Support:
+        from fourbit_cuda.targets import OLDEST_ARCH
+
         major, minor = torch.cuda.get_device_capability(query.device)
         if major * 10 + minor < OLDEST_ARCH:
             name = torch.cuda.get_device_name(query.device)
@@ -42,14 +41,13 @@ class CudaBackend(GpuBackend):
         return SUPPORTED
 
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
-        from fourbit_cuda import compiler
-        from fourbit_gpu import linear
+        from fourbit_cuda import libraries, linear, targets
 
         if query.op in COMPOSITIONS and getattr(CudaBackend, query.op) is getattr(Backend, query.op):
             return f"composed: {COMPOSITIONS[query.op]}"
         props = self._launcher(query.device).props
-        where = compiler.target(props.arch)
-        how = f"NVRTC {compiler.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
+        where = targets.target(props.arch)
+        how = f"NVRTC {libraries.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
         if query.op in ("linear_4bit", "linear_4bit_grad"):
             plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.double_quant, tuple(shape))
             return f"{plan} ({how})"
@@ -58,8 +56,8 @@ class CudaBackend(GpuBackend):
         return f"one kernel of its own ({how})"
 
     def _new_launcher(self, index: int) -> Launcher:
+        from fourbit_cuda import linear
         from fourbit_cuda.driver import launcher
-        from fourbit_gpu import linear
 
         self._linear = linear.linear
         return launcher(index)
@@ -102,7 +100,7 @@ class CudaBackend(GpuBackend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit_gpu import linear
+        from fourbit_cuda import linear
 
         nested = (nested_absmax, nested_code, nested_offset)
         weight = (packed, absmax, code, blocksize, in_features)
@@ -122,7 +120,7 @@ class CudaBackend(GpuBackend):
         nested_code: Optional = None,
         nested_offset: Optional = None,
     ) -> Tensor:
-        from fourbit_gpu import linear
+        from fourbit_cuda import linear
 
         nested = (nested_absmax, nested_code, nested_offset)
         args: tuple[Any, ...] = (x, offsets, packed, absmax, code, blocksize, out_features, *nested)

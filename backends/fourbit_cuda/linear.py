@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit_gpu import pieces, plan
+from fourbit_cuda import plan
+from fourbit_gpu import pieces
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.elementwise import DTYPE_CODES
 from fourbit_gpu.launcher import Launcher

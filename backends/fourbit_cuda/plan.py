@@ -267,7 +267,7 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
             "WGMMA": int(tile.wgmma),
             "WIDE": int(tile.wide),
         },
-        min_arch=MIN_ARCH,
+        package="fourbit_cuda",
         arch_specific=tile.wgmma,
     )
     layers = shape.experts or -(-shape.m // tile.columns)
@@ -276,7 +276,7 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         defines = {"BLOCKSIZE": shape.blocksize, "COLUMNS": tile.columns, "DTYPE": shape.dtype}
         padded = -(-shape.k // tile.kw) * tile.kw
         arrange = (
-            KernelSpec.of("arrange_x.cu", "arrange_x", defines, min_arch=MIN_ARCH),
+            KernelSpec.of("arrange_x.cu", "arrange_x", defines, package="fourbit_cuda"),
             layers * tile.columns * padded * 2,
         )
     text = (
@@ -290,8 +290,6 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
     return Plan(spec, (blocks, layers, 1), tile.threads, used, range_rows, pass_rows, arrange, text)
 
 
-# ---- decode a piece, then torch's matmul ----------------------------------------------------------------------
-
 FUSED_PASSES = 2
 """Passes of FUSED_ROWS rows up to which decoding again costs less than writing 16-bit weights to memory."""
 
@@ -299,23 +297,3 @@ FUSED_PASSES = 2
 def use_fused(shape: Shape) -> bool:
     """Whether so few rows of x are better served by the fused kernel."""
     return shape.m <= FUSED_ROWS * FUSED_PASSES
-
-
-def piece_columns(props: DeviceProps, m: int, columns: int, inner: int, itemsize: int, *, whole: bool) -> int:
-    """How many of `columns` output columns to decode at a time, `inner` weights each.
-
-    A piece should stay in the second-level cache, but be wide enough for matmul to fill the device, and with `whole` be
-    the whole weight rather than leave matmul's last wave partly filled, as long as it takes no more memory than the
-    product's input and result; with `whole` False never more than half of the columns of a weight that is larger
-    than a cache.
-    """
-    cached = props.l2_bytes // 2 // (inner * itemsize)
-    filled = 2 * props.sm_count * 128 * 128 // max(m, 1)
-    width = max(cached, filled, 128)
-    if whole:
-        width = max(width, m * (inner + columns) // inner)
-    elif columns * inner * itemsize > props.l2_bytes:
-        width = min(width, -(-columns // 2))
-    width = -(-width // 128) * 128
-    pieces = -(-columns // width)
-    return min(columns, -(-columns // pieces // 128) * 128)
