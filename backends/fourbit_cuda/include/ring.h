@@ -154,9 +154,11 @@ FB_DEVICE float scale_of(RowScales row, u32 i, ScaleTable s) {
     u32 at = (i == 0 ? row.codes << 2 : row.codes >> (8 * i - 2 & 31)) & 0x3fcu;
     return add_rn(mul_rn(float_of(shared_load(s.table + at)), row.unit), s.offset);
 }
-#elif NESTED
+#endif
+
 // Turns the codes of a slice's scales into scales; the product is rounded before the sum, as the format says.
 FB_DEVICE void decode_scales(const Weight& w, Slot slot, ScaleTable s, u32 first, u32 k, u32 lane) {
+#if NESTED && !DIRECT
     const u32 codes = slot.scales + SCALE_BYTES, nested = codes + 4 * WORDS * ROWS;
 #pragma unroll
     for (u32 i = 0; i < (ROWS * SCALES + 31) / 32; ++i) {
@@ -172,8 +174,22 @@ FB_DEVICE void decode_scales(const Weight& w, Slot slot, ScaleTable s, u32 first
         }
     }
     wave_barrier();
-}
 #endif
+}
+
+// Fills the table, and that of the nested scales.
+FB_DEVICE void fill_tables(u32 window, const float* code, const float* nested_code, u32 thread, u32 lane) {
+    for (u32 entry = thread; entry < 256; entry += THREADS) {
+        u32 pair = DTYPE == FB_BF16 ? floats_to_bf16x2(code[entry >> 4], code[entry & 15])
+                                    : floats_to_f16x2(code[entry >> 4], code[entry & 15]);
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i)
+            shared_store4(window + TABLE_AT + entry * ENTRY_BYTES + (i + lane & 7) * 16, pair);
+    }
+#if NESTED
+    for (u32 i = thread; i < 256; i += THREADS) shared_store(window + CODES_AT + 4 * i, bits_of(nested_code[i]));
+#endif
+}
 
 // The table's entry of byte i of `word`. `lane4`: four times the lane, and the window in the upper bytes.
 FB_DEVICE u32 decode(u32 lane4, u32 word, int i) {

@@ -3,23 +3,13 @@
 // x lies there as arrange_x.cu put it: for each 64 elements of k, four products, each two columns of 8 x 16-byte core
 // matrices, without swizzle.
 #pragma once
-#include "ring.h"
+#include "share.h"
 
-#define X_STRIDE 0
 #define X_BYTES (COLUMNS * 2 * SLICE)  // of one stage
 
 #ifndef DEPTH
 #define DEPTH (WARPS > 8 ? 1 : 2)  // products in flight; with fewer warps one works while the next is decoded
 #endif
-
-FB_DEVICE void barriers_init(u32 barriers) {
-#pragma unroll
-    for (int i = 0; i < STAGES; ++i) {
-        barrier_init(barriers + 8 * i, 1);                 // x's slot is full
-        barrier_init(barriers + 8 * (STAGES + i), WARPS);  // all warps are done with it
-    }
-    async_fence();
-}
 
 #if DTYPE == FB_BF16
 #define WGMMA_TYPES "bf16.bf16"
@@ -113,8 +103,10 @@ FB_DEVICE void start_wait(float (&d)[NT][4]) {
         for (int c = 0; c < 4; ++c) asm volatile("" : "+f"(d[n][c])::"memory");
 }
 
-// One slice of a warp: sums += weight slice times x slice. `x`: address of the warp's part of the x slice.
-FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, u32 x, ScaleTable s, u32 lane) {
+typedef u32 Place;  // where a warp's part of a slice of x starts
+
+// One slice of a warp: sums += weight slice times x slice.
+FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, Place x, ScaleTable s, u32 lane) {
     const u64 x_slice = operand(same_in_wave(x));
     const u32 g = lane / 4, t = lane % 4;
     const int units = KW / 64 * RT * PARTS;  // one quantization block (or 64 elements of it) of 16 rows each
