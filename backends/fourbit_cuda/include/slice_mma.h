@@ -5,8 +5,6 @@
 #ifndef UNROLL
 #define UNROLL (RT * NT >= 8 ? 1 : KW / 64)  // how much the compiler may overlap, as registers allow
 #endif
-#define X_STRIDE (2 * SLICE + 16)            // bytes; 16 past a multiple of 32: no bank conflicts
-#define X_BYTES (COLUMNS * X_STRIDE)         // of one stage, where x streams
 
 // Where a lane reads x: its row in each n8 tile.
 typedef u32 Place[NT];

@@ -2,8 +2,6 @@
 #pragma once
 #include "share.h"
 
-#define SUM_STRIDE (BLOCK_ROWS + 4)
-
 // Puts a warp's sums where all can read them.
 FB_DEVICE void store_sums(const Share& s, const float (&sums)[RT][NT][4], u32 sums_at, u32 columns) {
     const u32 g = s.lane / 4, t = s.lane % 4;

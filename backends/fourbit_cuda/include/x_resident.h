@@ -11,7 +11,7 @@ struct X {
     __device__ __forceinline__ X(const Share& s, const u16* x, i64 first, u32 columns)
         : x(x), first(first), columns(columns), ring(s.window + X_AT), stride(stride_of(s)) {}
 
-    static __device__ __forceinline__ u32 stride_of(const Share& s) { return 2 * s.steps * SLICE + 16; }
+    static __device__ __forceinline__ u32 stride_of(const Share& s) { return 2 * s.steps * SLICE + X_PAD; }
     static __device__ __forceinline__ u32 sums_at(const Share& s, i64 rows_of_x) {
         return s.window + X_AT + stride_of(s) * (rows_of_x < COLUMNS ? (u32)rows_of_x : COLUMNS);
     }
