@@ -16,9 +16,6 @@ from fourbit_gpu.backend import GpuBackend
 if TYPE_CHECKING:
     from fourbit_gpu.launcher import Launcher
 
-OLDEST_ARCH = 75
-"""Compute capability times ten of the oldest GPUs served (Turing)."""
-
 Optional = Tensor | None
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
@@ -36,6 +33,8 @@ class CudaBackend(GpuBackend):
         return missing()
 
     def supports(self, query: OpQuery) -> Support:
+        from fourbit_cuda.targets import OLDEST_ARCH
+
         major, minor = torch.cuda.get_device_capability(query.device)
         if major * 10 + minor < OLDEST_ARCH:
             name = torch.cuda.get_device_name(query.device)
@@ -43,14 +42,13 @@ class CudaBackend(GpuBackend):
         return SUPPORTED
 
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
-        from fourbit_cuda import compiler
-        from fourbit_gpu import linear
+        from fourbit_cuda import libraries, linear, targets
 
         if self.composes(query.op):
             return super().describe(query, shape)
         props = self._launcher(query.device).props
-        where = compiler.target(props.arch)
-        how = f"NVRTC {compiler.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
+        where = targets.target(props.arch)
+        how = f"NVRTC {libraries.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
         if query.op in ("linear_4bit", "linear_4bit_grad"):
             plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.nested, tuple(shape))
             return f"{plan} ({how})"
@@ -59,8 +57,8 @@ class CudaBackend(GpuBackend):
         return f"one kernel of its own ({how})"
 
     def _new_launcher(self, index: int) -> Launcher:
+        from fourbit_cuda import linear
         from fourbit_cuda.driver import launcher
-        from fourbit_gpu import linear
 
         self._linear = linear.linear
         return launcher(index)
@@ -90,7 +88,7 @@ class CudaBackend(GpuBackend):
         weight: Weight,
         in_features: int,
     ) -> Tensor:
-        from fourbit_gpu import linear
+        from fourbit_cuda import linear
 
         args = (grad, *weight[:4], in_features, *weight[4:])
         result: Tensor = self._run(linear.linear_grad, grad.device, *args)
@@ -103,7 +101,7 @@ class CudaBackend(GpuBackend):
         weight: Weight,
         out_features: int,
     ) -> Tensor:
-        from fourbit_gpu import linear
+        from fourbit_cuda import linear
 
         args = (x, offsets, *weight[:4], out_features, *weight[4:])
         result: Tensor | None = self._run(linear.grouped, x.device, *args)

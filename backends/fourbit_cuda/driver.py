@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from fourbit_cuda import compiler
+from fourbit_cuda import compiler, libraries
+from fourbit_cuda.targets import Target
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit_gpu.spec import KernelSpec
@@ -101,19 +102,13 @@ class CudaKernel(Kernel):
         self._launch = launcher.launch_function
         self._pdl = launcher.pdl_address
         attribute = driver.CUfunction_attribute
-        # asking for attributes also makes a lazily loading driver load the kernel now rather than at the launch
-        self.registers = self._attribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS)
-        self.local_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES)
-        self.static_shared_bytes = self._attribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
-        if shared_bytes + self.static_shared_bytes > _DEFAULT_SHARED:
+        # asking for an attribute also makes a lazily loading driver load the kernel now rather than at the launch
+        size = driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
+        static_shared_bytes = int(check(size, f"kernel {spec.label()}"))
+        if shared_bytes + static_shared_bytes > _DEFAULT_SHARED:
             what = f"kernel {spec.label()}: {shared_bytes} bytes of dynamic shared memory"
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver.cuFuncSetAttribute(function, most, shared_bytes), what)
-
-    def _attribute(self, which: Any) -> int:
-        from cuda.bindings import driver
-
-        return int(check(driver.cuFuncGetAttribute(which, self._function), f"kernel {self.spec.label()}"))
 
     def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
         from cuda.bindings import driver
@@ -178,10 +173,6 @@ class CudaLauncher(Launcher):
     def _load(self, spec: KernelSpec, shared_bytes: int) -> CudaKernel:
         from cuda.bindings import driver
 
-        if spec.min_arch > self.props.arch:
-            raise LaunchError(
-                f"kernel {spec.label()} needs sm_{spec.min_arch}, {self.props.name} has {self.props.arch}"
-            )
         code, where = compiler.compiled(spec, self.props.arch)
         with torch.cuda.device(self.props.index):
             self.make_current()
@@ -194,16 +185,16 @@ class CudaLauncher(Launcher):
             return CudaKernel(spec, function, self, shared_bytes)
 
 
-def _advice(where: compiler.Target) -> str:
+def _advice(where: Target) -> str:
     """What to do where the driver does not take what NVRTC made."""
     supported = driver_version()
-    newest = compiler.version()
+    newest = libraries.version()
     if newest <= supported:
         return ""
     made = "PTX" if where.is_ptx else "code"
     return (
-        f". NVRTC {compiler.version_text()} made {made} that the driver, for CUDA {supported[0]}.{supported[1]}, may be"
-        f' too old for: update the driver, or pip install "nvidia-cuda-nvrtc<={supported[0]}.{supported[1]}.99"'
+        f". NVRTC {libraries.version_text()} made {made} that the driver, for CUDA {supported[0]}.{supported[1]}, may"
+        f' be too old for: update the driver, or pip install "nvidia-cuda-nvrtc<={supported[0]}.{supported[1]}.99"'
     )
 
 
@@ -236,10 +227,6 @@ def _props(index: int, device: Any) -> DeviceProps:
         sm_count=ask("MULTIPROCESSOR_COUNT"),
         l2_bytes=ask("L2_CACHE_SIZE"),
         shared_per_block=ask("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-        shared_per_sm=ask("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"),
-        regs_per_sm=ask("MAX_REGISTERS_PER_MULTIPROCESSOR"),
-        max_threads_per_sm=ask("MAX_THREADS_PER_MULTIPROCESSOR"),
-        warp_size=ask("WARP_SIZE"),
         bandwidth=bandwidth,
     )
 

@@ -55,11 +55,11 @@ def _no_driver(extra: str) -> str | None:
 
 
 def _no_nvrtc(extra: str) -> str | None:
-    from fourbit_cuda import compiler
+    from fourbit_cuda import libraries
     from fourbit_cuda.driver import driver_version
 
     try:
-        nvrtc = compiler.version()
+        nvrtc = libraries.version()
     except Exception as error:
         return f"NVRTC cannot be loaded ({_first_line(error)}): pip install {extra}"
     return too_new(nvrtc, driver_version())

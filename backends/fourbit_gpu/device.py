@@ -16,9 +16,6 @@ class DeviceProps:
         sm_count: multiprocessors (of AMD's: compute units on CDNA, workgroup processors on RDNA).
         l2_bytes: second-level cache.
         shared_per_block: shared memory that one block can have if its kernel opts in, bytes.
-        shared_per_sm: shared memory of a multiprocessor, bytes.
-        regs_per_sm: 32-bit registers of a multiprocessor.
-        max_threads_per_sm: threads that a multiprocessor holds at once.
         warp_size: lanes of a warp (wave).
         bandwidth: theoretical memory bandwidth, GB/s; 0 where the driver does not tell.
     """
@@ -29,8 +26,5 @@ class DeviceProps:
     sm_count: int
     l2_bytes: int
     shared_per_block: int
-    shared_per_sm: int
-    regs_per_sm: int
-    max_threads_per_sm: int
     warp_size: int = 32
     bandwidth: float = 0.0

@@ -23,15 +23,9 @@ class Kernel(ABC):
 
     Attributes:
         spec: what it was made from.
-        registers: per thread.
-        local_bytes: per thread, in memory: spilled registers and arrays.
-        static_shared_bytes: per block, beside what a launch asks for.
     """
 
     spec: KernelSpec
-    registers: int
-    local_bytes: int
-    static_shared_bytes: int
 
     @abstractmethod
     def launch(self, grid: Grid, threads: int, shared_bytes: int, args: Sequence[int]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fourbit_gpu import elementwise, plan
+from fourbit_gpu import elementwise
+from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Launcher
 from fourbit_gpu.spec import KernelSpec
 
@@ -35,7 +36,7 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
     # a piece starts with a block, and with a nested block where the scales are double-quantized
     unit = blocksize if nested[0] is None else blocksize * NESTED_BLOCKSIZE
     whole = unit // gcd(k, unit)
-    step = plan.piece_columns(launcher.props, m, out_features, k, x.element_size(), whole=True)
+    step = piece_columns(launcher.props, m, out_features, k, x.element_size(), whole=True)
     step = -(-step // whole) * whole
     if step >= out_features:
         w = elementwise.dequantize(launcher, packed, absmax, code, blocksize, (out_features, k), x.dtype, *nested)
@@ -58,7 +59,7 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
 def linear_grad(launcher: Launcher, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
     """grad [m, n] times the weight [n, in_features]; columns of the weight piece by piece, each result final."""
     m, n = grad.shape
-    step = plan.piece_columns(launcher.props, m, in_features, n, grad.element_size(), whole=False)
+    step = piece_columns(launcher.props, m, in_features, n, grad.element_size(), whole=False)
     scratch = torch.empty(n * step, dtype=grad.dtype, device=grad.device)
     if step >= in_features:
         return grad @ columns(launcher, weight, scratch, n, in_features, 0, in_features)
@@ -86,3 +87,23 @@ def columns(launcher: Launcher, weight: Weight, out: Tensor, rows: int, k: int, 
     blocks = min(rows, max(launcher.props.sm_count * 8 // parts, 1))
     launcher.launch(spec, (blocks, parts, 1), 256, 0, args)
     return out[: rows * width].view(rows, width)
+
+
+def piece_columns(props: DeviceProps, m: int, columns: int, inner: int, itemsize: int, *, whole: bool) -> int:
+    """How many of `columns` output columns to decode at a time, `inner` weights each.
+
+    A piece should stay in the second-level cache, but be wide enough for matmul to fill the device, and with `whole` be
+    the whole weight rather than leave matmul's last wave partly filled, as long as it takes no more memory than the
+    product's input and result; with `whole` False never more than half of the columns of a weight that is larger
+    than a cache.
+    """
+    cached = props.l2_bytes // 2 // (inner * itemsize)
+    filled = 2 * props.sm_count * 128 * 128 // max(m, 1)
+    width = max(cached, filled, 128)
+    if whole:
+        width = max(width, m * (inner + columns) // inner)
+    elif columns * inner * itemsize > props.l2_bytes:
+        width = min(width, -(-columns // 2))
+    width = -(-width // 128) * 128
+    pieces = -(-columns // width)
+    return min(columns, -(-columns // pieces // 128) * 128)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-KERNELS = Path(__file__).with_name("kernels")
-"""Folder of the kernel sources; `#include "shim.h"` there means `backends/fourbit_gpu/shim.h`."""
+SHARED = "fourbit_gpu"
+"""The package of the kernels and headers that serve both vendors."""
 
 
 @dataclass(frozen=True)
@@ -15,17 +14,17 @@ class KernelSpec:
     """One variant of one kernel.
 
     Attributes:
-        source: file name in `backends/fourbit_gpu/kernels`, such as "linear_mma.cu".
+        source: file name in the folder `kernels` of `package`, such as "quantize.cu".
         name: the `extern "C"` name in it.
         defines: `(macro, value)` pairs, sorted by macro, each passed as -Dmacro=value.
-        min_arch: smallest compute capability, times ten, that it compiles for (75, 80, ...).
+        package: where the source lies: `SHARED`, or the package of the only vendor that has a use for it.
         arch_specific: needs the instructions of one exact arch (sm_90a, not sm_90).
     """
 
     source: str
     name: str
     defines: tuple[tuple[str, int | str], ...] = ()
-    min_arch: int = 75
+    package: str = SHARED
     arch_specific: bool = False
 
     @classmethod
@@ -35,11 +34,11 @@ class KernelSpec:
         name: str,
         defines: Mapping[str, int | str] | None = None,
         *,
-        min_arch: int = 75,
+        package: str = SHARED,
         arch_specific: bool = False,
     ) -> KernelSpec:
         """A spec from a mapping of defines."""
-        return cls(source, name, tuple(sorted((defines or {}).items())), min_arch, arch_specific)
+        return cls(source, name, tuple(sorted((defines or {}).items())), package, arch_specific)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -50,9 +49,3 @@ class KernelSpec:
         """Readable name of the variant, for messages and tests."""
         inner = ", ".join(f"{macro}={value}" for macro, value in self.defines)
         return f"{self.name}[{inner}]" if inner else self.name
-
-
-def read_source(name: str) -> str:
-    """The text of a kernel source or, for "shim.h", of the vendor shim."""
-    folder = KERNELS if name.endswith(".cu") else KERNELS.parent
-    return (folder / name).read_text(encoding="utf-8")

@@ -49,12 +49,12 @@ class RocmBackend(GpuBackend):
         return arch_of(torch.cuda.get_device_properties(device).gcnArchName)
 
     def describe(self, query: OpQuery, shape: Sequence[int]) -> str:
-        from fourbit_rocm import compiler, linear
+        from fourbit_rocm import libraries, linear
 
         if self.composes(query.op):
             return super().describe(query, shape)
         arch = self._arch(query.device)
-        how = f"hipRTC {compiler.version_text()}, {arch}"
+        how = f"hipRTC {libraries.version_text()}, {arch}"
         if query.op in ("linear_4bit", "linear_4bit_grad"):
             return f"{linear.describe(query, shape, arch)} ({how})"
         return f"one kernel of its own ({how})"

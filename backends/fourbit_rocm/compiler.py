@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fourbit import jit
-from fourbit_gpu.program import program
+from fourbit_gpu.compilation import CompileError, RuntimeCompiler, cached
 from fourbit_gpu.spec import KernelSpec
 from fourbit_rocm import codeobject, libraries
 from fourbit_rocm.targets import Target, check_compiler
@@ -14,30 +13,11 @@ OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=on")
 """Beside the arch and the spec's own. Contraction in one expression only, never of mul_rn and add_rn of shim.h."""
 
 
-class CompileError(RuntimeError):
-    """hipRTC rejected a kernel; the message has the kernel's name, the options and the compiler's log.
-
-    Attributes:
-        kernel: the spec's label.
-        options: the compiler's options.
-        log: its output.
-    """
-
-    def __init__(self, kernel: str, reason: str, options: tuple[str, ...], log: str) -> None:
-        super().__init__(f"kernel {kernel} does not compile: {reason}\noptions: {' '.join(options)}\n{log}".rstrip())
-        self.kernel, self.options, self.log = kernel, options, log
-
-
-def version_text() -> str:
-    """The HIP release as "6.4"."""
-    return ".".join(map(str, libraries.hip_version()))
-
-
 def options_for(spec: KernelSpec, where: Target) -> tuple[str, ...]:
     """All options of a compilation. The wave size is the host's to say: warpSize is no constant in newer ROCm."""
     return (
         *(f"--offload-arch={where.arch}", *OPTIONS),
-        *(f"-DFB_ARCH=0x{where.number:x}", f"-DFB_WAVE={where.wave}", f"-DFB_MFMA={int(where.has_mfma)}"),
+        *(f"-DFB_ARCH=0x{where.number:x}", f"-DFB_WAVE={where.wave}"),
         *spec.options,
     )
 
@@ -49,16 +29,11 @@ def compiled(spec: KernelSpec, where: Target) -> bytes:
     """
     check_compiler(where, libraries.hip_version())
     options = options_for(spec, where)
-    text, headers = program(spec.source)
-    name = jit.key(
-        kind="hiprtc",
-        version=str(libraries.hip_build()),
-        options=list(options),
-        source=text,
-        headers=headers,
-        kernel=spec.name,
-    )
-    code = jit.cached(name, lambda: compile_source(spec, text, headers, options))
+
+    def build(text: str, headers: dict[str, str]) -> bytes:
+        return compile_source(spec, text, headers, options)
+
+    code = cached(spec, options, "hiprtc", str(libraries.hip_build()), build)
     check_code(spec, where, code)
     return code
 
@@ -86,36 +61,10 @@ def check_code(spec: KernelSpec, where: Target, code: bytes) -> codeobject.Kerne
 def compile_source(spec: KernelSpec, text: str, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
     """Run hipRTC: a code object. Raises CompileError."""
     _, hiprtc = libraries.bindings()
-    error, handle = hiprtc.hiprtcCreateProgram(
-        *(text.encode(), spec.source.encode(), len(headers)),
-        *([each.encode() for each in headers.values()], [name.encode() for name in headers]),
-    )
-    if int(error):
-        raise CompileError(spec.label(), _name(error), options, "")
-    try:
-        (error,) = hiprtc.hiprtcCompileProgram(handle, len(options), [option.encode() for option in options])
-        if int(error):
-            raise CompileError(spec.label(), _name(error), options, _log(hiprtc, handle))
-        error, size = hiprtc.hiprtcGetCodeSize(handle)
-        code = bytearray(size)
-        if not int(error):
-            (error,) = hiprtc.hiprtcGetCode(handle, code)
-        if int(error):
-            raise CompileError(spec.label(), _name(error), options, _log(hiprtc, handle))
-        return codeobject.unbundle(bytes(code))
-    finally:
-        hiprtc.hiprtcDestroyProgram(handle.createRef())
+    rtc = RuntimeCompiler(hiprtc, "hiprtc", _reason, lambda handle: handle.createRef())
+    return codeobject.unbundle(rtc.compile(spec, text, headers, options, "Code"))
 
 
-def _log(hiprtc: Any, handle: Any) -> str:
-    error, size = hiprtc.hiprtcGetProgramLogSize(handle)
-    if int(error) or not size:
-        return ""
-    log = bytearray(size)
-    hiprtc.hiprtcGetProgramLog(handle, log)
-    return log.rstrip(b"\0").decode(errors="replace").strip()
-
-
-def _name(error: Any) -> str:
-    """The name of an hiprtcResult."""
+def _reason(error: Any) -> str:
+    """The name and number of an hiprtcResult."""
     return f"{getattr(error, 'name', error)} ({int(error)})"

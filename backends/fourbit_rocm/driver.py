@@ -14,7 +14,7 @@ from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit_gpu.spec import KernelSpec
 from fourbit_rocm import compiler, libraries
-from fourbit_rocm.targets import SIMDS, Target, arch_of, target
+from fourbit_rocm.targets import Target, arch_of, target
 
 # Under ROCm too torch's names say "cuda": the result is a hipStream_t.
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
@@ -62,8 +62,6 @@ class RocmKernel(Kernel):
         self._index = launcher.props.index
         self._hip = libraries.bindings()[0]
         self._info = info = compiler.check_code(spec, launcher.target, code)
-        self.registers = info.vgprs
-        self.local_bytes = info.private_size
         self.static_shared_bytes = info.lds_size
         self.parameters = len(info.explicit_arguments)
 
@@ -140,9 +138,6 @@ def device_props(where: Target, *, index: int, name: str, units: int, l2_bytes: 
         sm_count=units,
         l2_bytes=l2_bytes,
         shared_per_block=where.unit.lds_of_workgroup,
-        shared_per_sm=where.unit.lds,
-        regs_per_sm=SIMDS * where.unit.vgprs * where.wave,
-        max_threads_per_sm=SIMDS * where.unit.waves * where.wave,
         warp_size=wave,
     )
 

@@ -123,6 +123,11 @@ def hip_version() -> tuple[int, int]:
     return int(number) // 10_000_000, int(number) // 100_000 % 100
 
 
+def version_text() -> str:
+    """The HIP release as "6.4"."""
+    return ".".join(map(str, hip_version()))
+
+
 def hip_build() -> int:
     """The HIP runtime's full version number, which names one build."""
     hip, _ = bindings()

@@ -56,13 +56,14 @@ def vector_spec(dtype: torch.dtype, nested: bool, m: int) -> KernelSpec:
     most = 1 << (m - 1).bit_length()
     rows = VECTOR_ROWS if most <= 4 else VECTOR_ROWS // 2
     defines = {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested), "M": most, "ROWS": rows, "COPIES": 16}
-    return KernelSpec.of("linear_vector.cu", "linear_vector", defines)
+    return KernelSpec.of("linear_vector.cu", "linear_vector", defines, package="fourbit_rocm")
 
 
 @cache
 def mfma_spec(dtype: torch.dtype, nested: bool) -> KernelSpec:
     """linear_mfma.cu."""
-    return KernelSpec.of("linear_mfma.cu", "linear_mfma", {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested)})
+    defines = {"DTYPE": DTYPE_CODES[dtype], "NESTED": int(nested)}
+    return KernelSpec.of("linear_mfma.cu", "linear_mfma", defines, package="fourbit_rocm")
 
 
 def path(arch: int, dtype: torch.dtype, m: int, k: int, blocksize: int) -> str:

@@ -14,12 +14,12 @@ from fourbit_cuda import CudaBackend, requirements
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with a torch for CUDA 12.8 and a GPU, whatever this one has; the caller takes something away."""
-    from fourbit_cuda import compiler, driver
+    from fourbit_cuda import driver, libraries
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(driver, "driver_version", lambda: (12, 9))
-    monkeypatch.setattr(compiler, "version", lambda: (12, 9))
+    monkeypatch.setattr(libraries, "version", lambda: (12, 9))
     return monkeypatch
 
 
@@ -69,12 +69,12 @@ def test_no_cuda_python(machine):
 
 
 def test_no_nvrtc(machine):
-    from fourbit_cuda import compiler
+    from fourbit_cuda import libraries
 
     def absent():
         raise RuntimeError("Failed to load libnvrtc.so.12")
 
-    machine.setattr(compiler, "version", absent)
+    machine.setattr(libraries, "version", absent)
     text = 'NVRTC cannot be loaded (RuntimeError: Failed to load libnvrtc.so.12): pip install "fourbit[cuda12]"'
     assert requirements.missing() == text
 
@@ -82,9 +82,9 @@ def test_no_nvrtc(machine):
 @pytest.mark.parametrize(("nvrtc", "fits"), (((12, 4), True), ((12, 9), True), ((13, 0), False)))
 def test_driver_older_than_nvrtc(machine, nvrtc, fits):
     """Machine code runs on an older driver of the same CUDA major, and on none of an older major."""
-    from fourbit_cuda import compiler
+    from fourbit_cuda import libraries
 
-    machine.setattr(compiler, "version", lambda: nvrtc)
+    machine.setattr(libraries, "version", lambda: nvrtc)
     text = requirements.missing()
     assert (text is None) == fits
     if not fits:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fourbit_gpu.compilation import CompileError
+from fourbit_gpu.program import program
 from fourbit_rocm import compiler, linear
 from fourbit_rocm.codeobject import parse
 from fourbit_rocm.targets import target
@@ -104,7 +106,7 @@ def test_there_is_a_tier_for_every_architecture(device, capsys):
 def test_a_compile_error_has_the_log(device):
     spec = linear.vector_spec(DTYPES[0], False, 1)
     where = target("gfx90a")
-    with pytest.raises(compiler.CompileError) as caught:
+    with pytest.raises(CompileError) as caught:
         tiers.HIPRTC5.image(spec, where, "this is no kernel;")
     assert "HIPRTC_ERROR_COMPILATION" in str(caught.value) and "error:" in caught.value.log
     assert "--offload-arch=gfx90a" in caught.value.options
@@ -113,15 +115,15 @@ def test_a_compile_error_has_the_log(device):
 def test_code_for_another_wave_size_is_refused(device):
     where = target("gfx1030")
     spec = specs(where)[0]
-    text, headers = compiler.program(spec.source)
+    text, headers = program(spec)
     options = (*compiler.options_for(spec, where), "-mwavefrontsize64")
     image = compiler.compile_source(spec, text, headers, options)
-    with pytest.raises(compiler.CompileError, match="waves of 64 lanes, gfx1030 runs 32"):
+    with pytest.raises(CompileError, match="waves of 64 lanes, gfx1030 runs 32"):
         compiler.check_code(spec, where, image)
 
 
 def test_code_for_another_target_is_refused(device):
     spec = specs(target("gfx90a"))[0]
     image = tiers.HIPRTC5.image(spec, target("gfx90a"))
-    with pytest.raises(compiler.CompileError, match="for gfx90a, not gfx1030"):
+    with pytest.raises(CompileError, match="for gfx90a, not gfx1030"):
         compiler.check_code(spec, target("gfx1030"), image)

@@ -11,7 +11,8 @@ import torch
 
 from fourbit.codebooks import dynamic_map
 from fourbit.testing.oracle import make_weight
-from fourbit_rocm import compiler
+from fourbit_gpu import program
+from fourbit_gpu.spec import KernelSpec
 from tests.rocm.gcn.errors import EmulatorError, MemoryFault, RaceError, UninitializedRead
 from tests.rocm.test_kernels import CODEBOOKS, REFERENCE, assert_quantizes, assert_same_bits, check_linear, values
 
@@ -179,22 +180,22 @@ _passed: set[tuple[Callable[[object], None], str]] = set()
     [pytest.param(each, marks=() if each.name in QUICK else pytest.mark.long, id=each.name) for each in MUTATIONS],
 )
 def test_a_broken_kernel_is_noticed(mutation, on, monkeypatch):
-    whole = compiler.program
+    whole = program.program
     changed = []
 
-    def mutated(source: str) -> tuple[str, dict[str, str]]:
-        text, headers = whole(source)
-        files = {source: text, **headers}
+    def mutated(spec: KernelSpec) -> tuple[str, dict[str, str]]:
+        text, headers = whole(spec)
+        files = {spec.source: text, **headers}
         if mutation.file in files:
             assert files[mutation.file].count(mutation.old) == 1, f"{mutation.old!r} is not in {mutation.file} once"
             files[mutation.file] = files[mutation.file].replace(mutation.old, mutation.new)
-            changed.append(source)
-        return files.pop(source), files
+            changed.append(spec)
+        return files.pop(spec.source), files
 
     if (mutation.run, mutation.arch) not in _passed:  # as it is, it passes
         mutation.run(on(mutation.arch))
         _passed.add((mutation.run, mutation.arch))
-    monkeypatch.setattr(compiler, "program", mutated)
+    monkeypatch.setattr(program, "program", mutated)
     with pytest.raises(mutation.error):
         mutation.run(on(mutation.arch))
     assert changed

@@ -41,19 +41,19 @@ def test_sixteen_processes_compile_once(device, tmp_path):
 
 def test_an_arch_newer_than_nvrtc(device, monkeypatch, tmp_path):
     """PTX for the newest arch that NVRTC knows, finished by the driver: the same bits."""
-    from fourbit_cuda import compiler
+    from fourbit_cuda import libraries, targets
     from fourbit_cuda.driver import CudaLauncher
     from fourbit_gpu import elementwise
 
     monkeypatch.setenv("FOURBIT_CACHE_DIR", str(tmp_path))
     own = 10 * torch.cuda.get_device_capability(device)[0] + torch.cuda.get_device_capability(device)[1]
-    known = tuple(arch for arch in compiler.known_archs() if arch < own)
+    known = tuple(arch for arch in libraries.known_archs() if arch < own)
     if not known:
         known = (own,)
-    monkeypatch.setattr(compiler, "known_archs", lambda: known)
+    monkeypatch.setattr(libraries, "known_archs", lambda: known)
     fresh = CudaLauncher(device.index)
     weight = make_weight(100, 77, double_quant=True)
     args = (*weight.args(device), weight.shape, torch.bfloat16, *weight.nested_args(device))
     out = elementwise.dequantize(fresh, *args)
     assert_same_bits(out, weight.dense(torch.bfloat16), "through PTX")
-    assert compiler.target(own).is_ptx == (known != (own,))
+    assert targets.target(own).is_ptx == (known != (own,))

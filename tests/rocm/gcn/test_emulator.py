@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fourbit_gpu.program import header
 from fourbit_gpu.spec import KernelSpec
 from fourbit_rocm.targets import target
 from tests.rocm.gcn import errors, floats, tiers
@@ -28,11 +29,9 @@ def kernels(request):
     compilers = tiers.available()
     if not compilers:
         skip_or_fail("no compiler for the samples: run .ci/amdgpu")
-    from fourbit_gpu.spec import read_source
-
     spec = KernelSpec.of("barriers.hip", "exchange")
     options = tiers.compiler.options_for(spec, target(request.param))
-    return load(compilers[-1].compile(spec, SAMPLES, {"shim.h": read_source("shim.h")}, options))
+    return load(compilers[-1].compile(spec, SAMPLES, {"shim.h": header("shim.h")}, options))
 
 
 def run(kernels, name, data=INPUT, grid=(1, 1, 1), results=256, **options):

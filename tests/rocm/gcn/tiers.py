@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fourbit_gpu.compilation import CompileError
 from fourbit_gpu.program import program
 from fourbit_gpu.spec import KernelSpec
 from fourbit_rocm import compiler, libraries
@@ -55,7 +56,7 @@ class Tier:
 
     def image(self, spec: KernelSpec, where: Target, text: str | None = None) -> bytes:
         """The code object of a kernel, or of `text` in place of its source."""
-        source, headers = program(spec.source)
+        source, headers = program(spec)
         return self.compile(spec, text or source, headers, compiler.options_for(spec, where))
 
 
@@ -93,7 +94,7 @@ def _with_hiprtc6(spec: KernelSpec, text: str, headers: dict[str, str], options:
         raise RuntimeError(f"hipRTC 6.4 died on {spec.label()} with {options} (exit status {worker.poll()})")
     answer = json.loads(line)
     if "code" not in answer:
-        raise compiler.CompileError(spec.label(), f"hipRTC 6.4 error {answer['error']}", options, answer["log"])
+        raise CompileError(spec.label(), f"hipRTC 6.4 error {answer['error']}", options, answer["log"])
     return bytes.fromhex(answer["code"])
 
 
@@ -117,7 +118,7 @@ def _with_clang(spec: KernelSpec, text: str, headers: dict[str, str], options: t
         command = [tool, *flags, *options, "-include", str(PRELUDE), spec.source, "-o", "out.co"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise compiler.CompileError(spec.label(), f"{Path(tool).name} failed", options, done.stderr)
+            raise CompileError(spec.label(), f"{Path(tool).name} failed", options, done.stderr)
         return (Path(folder) / "out.co").read_bytes()
 
 

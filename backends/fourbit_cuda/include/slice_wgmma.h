@@ -3,23 +3,11 @@
 // x lies there as arrange_x.cu put it: for each 64 elements of k, four products, each two columns of 8 x 16-byte core
 // matrices, without swizzle.
 #pragma once
-#include "ring.h"
-
-#define X_STRIDE 0
-#define X_BYTES (COLUMNS * 2 * SLICE)  // of one stage
+#include "share.h"
 
 #ifndef DEPTH
 #define DEPTH (WARPS > 8 ? 1 : 2)  // products in flight; with fewer warps one works while the next is decoded
 #endif
-
-FB_DEVICE void barriers_init(u32 barriers) {
-#pragma unroll
-    for (int i = 0; i < STAGES; ++i) {
-        barrier_init(barriers + 8 * i, 1);                 // x's slot is full
-        barrier_init(barriers + 8 * (STAGES + i), WARPS);  // all warps are done with it
-    }
-    async_fence();
-}
 
 #if DTYPE == FB_BF16
 #define WGMMA_TYPES "bf16.bf16"
@@ -35,15 +23,7 @@ FB_DEVICE u64 operand(u32 at) {
 
 // d = a x (first) or d += a x, started and not waited for. `a`, `d`: as for multiply() of matrix.h.
 FB_DEVICE void start(float (&d)[NT][4], const u32 (&a)[4], u64 x, int first) {
-#if NT == 1
-    asm volatile(
-        "{ .reg .pred more; setp.eq.s32 more, %9, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32." WGMMA_TYPES " {"
-        "%0, %1, %2, %3"
-        "}, {%4, %5, %6, %7}, %8, more, 1, 1, 0; }"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(first));
-#elif NT == 2
+#if NT == 2
     asm volatile(
         "{ .reg .pred more; setp.eq.s32 more, %13, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32." WGMMA_TYPES " {"
@@ -76,29 +56,8 @@ FB_DEVICE void start(float (&d)[NT][4], const u32 (&a)[4], u64 x, int first) {
           "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
           "+f"(d[7][2]), "+f"(d[7][3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(first));
-#elif NT == 16
-    asm volatile(
-        "{ .reg .pred more; setp.eq.s32 more, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." WGMMA_TYPES " {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-        "%59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, more, 1, 1, 0; }"
-        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
-          "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-          "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
-          "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-          "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
-          "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
-          "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]), "+f"(d[10][1]),
-          "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-          "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]),
-          "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
-          "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(first));
 #else
-#error "NT must be 1, 2, 4, 8 or 16"
+#error "NT must be 2, 4 or 8"
 #endif
 }
 FB_DEVICE void start_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -113,8 +72,10 @@ FB_DEVICE void start_wait(float (&d)[NT][4]) {
         for (int c = 0; c < 4; ++c) asm volatile("" : "+f"(d[n][c])::"memory");
 }
 
-// One slice of a warp: sums += weight slice times x slice. `x`: address of the warp's part of the x slice.
-FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, u32 x, ScaleTable s, u32 lane) {
+typedef u32 Place;  // where a warp's part of a slice of x starts
+
+// One slice of a warp: sums += weight slice times x slice.
+FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, Place x, ScaleTable s, u32 lane) {
     const u64 x_slice = operand(same_in_wave(x));
     const u32 g = lane / 4, t = lane % 4;
     const int units = KW / 64 * RT * PARTS;  // one quantization block (or 64 elements of it) of 16 rows each

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from fourbit_gpu import plan
+from fourbit_cuda import plan
 from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.pieces import piece_columns
 
 KB = 1 << 10
 
@@ -20,9 +21,6 @@ def device(arch: int, sm_count: int, shared: int, l2: int = 40 << 20, bandwidth:
         sm_count=sm_count,
         l2_bytes=l2,
         shared_per_block=shared,
-        shared_per_sm=shared + KB,
-        regs_per_sm=65536,
-        max_threads_per_sm=2048,
         warp_size=32,
         bandwidth=bandwidth,
     )
@@ -132,13 +130,13 @@ def test_pieces(props):
     for m in (1, 512, 4096):
         for columns, inner in ((8192, 8192), (28672, 8192), (33, 65), (4096, 14336)):
             for whole in (False, True):
-                width = plan.piece_columns(props, m, columns, inner, 2, whole=whole)
+                width = piece_columns(props, m, columns, inner, 2, whole=whole)
                 assert 0 < width <= columns
                 if not whole and columns * inner * 2 > 4 * props.l2_bytes:
                     assert width <= columns // 2 + 128
-    assert plan.piece_columns(props, 4096, 28672, 8192, 2, whole=True) < 28672
+    assert piece_columns(props, 4096, 28672, 8192, 2, whole=True) < 28672
     # the whole weight where x and the result are larger than it
-    assert plan.piece_columns(props, 4096, 8192, 8192, 2, whole=True) == 8192
+    assert piece_columns(props, 4096, 8192, 8192, 2, whole=True) == 8192
 
 
 def test_text_says_what_was_chosen():

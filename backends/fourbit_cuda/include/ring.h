@@ -1,43 +1,31 @@
 // A block's shared memory: the table that decodes bytes, and each warp's ring of slices of the 4-bit weight.
 //
-// Defines: see linear_mma.cu. Offsets are absolute in the block's window, whose dynamic part starts at SHARED_BASE.
+// Defines: see linear_mma.cu, and `Layout` in tile.py, which says what lies where.
 #pragma once
 #include "matrix.h"
 
 #define WARPS (WR * WK)
 #define THREADS (32 * WARPS)
-#define ROWS (16 * RT)                                // of a warp
+#define ROWS (16 * RT)                   // of a warp
 #define BLOCK_ROWS (ROWS * WR)
-#define COLUMNS (8 * NT)                              // rows of x at a time
-#define ROW_BYTES (KW / 2)                            // of a slice
-#define PIECES (KW / 32)                              // of 16 bytes in it
-#define SCALES (KW > BLOCKSIZE ? KW / BLOCKSIZE : 1)  // of a row's slice
-#define PARTS (BLOCKSIZE == 32 ? 2 : 1)               // scales in 64 elements
-#define SLICE (WK * KW)                               // elements that the block's warps take side by side
-
-// Where a row's scale codes do not begin at a word, they and their nested scales take one more.
-#define WORDS (EVEN ? (SCALES + 3) / 4 : (SCALES + 6) / 4)
-#define NESTED_WORDS (EVEN || SCALES == 1 ? 1 : 2)
+#define COLUMNS (8 * NT)                 // rows of x at a time
+#define PIECES (KW / 32)                 // of 16 bytes in a row of a slice
+#define PARTS (BLOCKSIZE == 32 ? 2 : 1)  // scales in 64 elements
+#define SLICE (WK * KW)                  // elements that the block's warps take side by side
+#define STAGE_BYTES (WARPS * ROWS * ROW_STRIDE)
+#define X_STRIDE (2 * SLICE + X_PAD)     // of a row of x's slice
+#define X_BYTES (COLUMNS * X_STRIDE)     // of x's slice
 
 // Whether lanes decode the scales they need when they need them; otherwise a warp decodes its slice's together, first.
 #define DIRECT (NESTED && EVEN && SCALES == 4 && PARTS == 1 && !(WARPS > 8 && NT >= 8))  // registers
 
-// WIDE: the table's entries are 256 bytes apart, so that one byte permutation makes an address; rows of the ring take
-// the other halves of these 256 bytes, and go on in pairs of stages behind the table.
-#define ENTRY_BYTES (WIDE ? 256 : 128)
-#define ROW_STRIDE (WIDE ? 256 : ROW_BYTES)
-#define ALL_ROWS (WARPS * ROWS)
-#define INSIDE (WIDE ? 256 / ALL_ROWS : 0)            // stages that lie in the table
-#define OUTSIDE_BYTES (WIDE ? (STAGES - INSIDE + 1) / 2 * ALL_ROWS * 256 : STAGES * ALL_ROWS * ROW_BYTES)
-
+// In the block's window, of which dynamic shared memory starts at SHARED_BASE.
 #define TABLE_AT SHARED_BASE
-#define RING_AT (TABLE_AT + 256 * ENTRY_BYTES)
-#define SCALES_AT (RING_AT + OUTSIDE_BYTES)
-#define SCALE_BYTES (ROWS * SCALES * 4)
-#define SIDE_BYTES (SCALE_BYTES + (NESTED ? 4 * (WORDS + NESTED_WORDS) * ROWS : 0))  // of a warp's slot, beside the rows
-#define CODES_AT (SCALES_AT + STAGES * WARPS * SIDE_BYTES)
-#define BARRIERS_AT (CODES_AT + (NESTED ? 1024 : 0))
-#define X_AT (BARRIERS_AT + 64)
+#define RING_AT (SHARED_BASE + RING_OFFSET)
+#define SIDES_AT (SHARED_BASE + SIDES_OFFSET)
+#define CODES_AT (SHARED_BASE + CODES_OFFSET)
+#define BARRIERS_AT (SHARED_BASE + BARRIERS_OFFSET)
+#define X_AT (SHARED_BASE + X_OFFSET)
 
 struct Weight {
     const u8* packed;
@@ -53,12 +41,12 @@ struct Slot {
 FB_DEVICE Slot slot_of(u32 window, u32 stage, u32 warp) {
     u32 at;
 #if WIDE
-    if (stage < INSIDE) at = TABLE_AT + 128 + stage * (ALL_ROWS * 256);
-    else at = RING_AT + (stage - INSIDE) / 2 * (ALL_ROWS * 256) + (stage - INSIDE) % 2 * 128;
+    if (stage < INSIDE) at = TABLE_AT + 128 + stage * STAGE_BYTES;
+    else at = RING_AT + (stage - INSIDE) / 2 * STAGE_BYTES + (stage - INSIDE) % 2 * 128;
 #else
-    at = RING_AT + stage * (ALL_ROWS * ROW_BYTES);
+    at = RING_AT + stage * STAGE_BYTES;
 #endif
-    return Slot{window + at + warp * (ROWS * ROW_STRIDE), window + SCALES_AT + (stage * WARPS + warp) * SIDE_BYTES};
+    return Slot{window + at + warp * (ROWS * ROW_STRIDE), window + SIDES_AT + (stage * WARPS + warp) * SIDE_BYTES};
 }
 
 // Byte offset of the 16-byte piece `piece` of a row of a slice: pieces are permuted so that reads hit all banks.
@@ -87,7 +75,7 @@ FB_DEVICE void fetch(const Weight& w, Slot slot, u32 first, u32 count, u32 k, u3
         from += (u64)(32 / PIECES) * half;
     }
 #if NESTED
-    const u32 codes = slot.scales + SCALE_BYTES, nested = codes + 4 * WORDS * ROWS;
+    const u32 codes = slot.scales + SIDE_CODES, nested = slot.scales + SIDE_NESTED;
 #pragma unroll
     for (u32 i = 0; i < (ROWS * WORDS + 31) / 32; ++i) {
         u32 at = i * 32 + lane, row = at / WORDS;
@@ -146,18 +134,20 @@ struct RowScales {
     float unit;
 };
 FB_DEVICE RowScales row_scales(Slot slot, u32 row) {
-    u32 codes = slot.scales + SCALE_BYTES;
-    return RowScales{shared_load(codes + 4 * row), float_of(shared_load(codes + 4 * ROWS + 4 * row))};
+    u32 codes = slot.scales + SIDE_CODES, nested = slot.scales + SIDE_NESTED;
+    return RowScales{shared_load(codes + 4 * row), float_of(shared_load(nested + 4 * row))};
 }
 // Scale i of the four; the product is rounded before the sum, as the format says.
 FB_DEVICE float scale_of(RowScales row, u32 i, ScaleTable s) {
     u32 at = (i == 0 ? row.codes << 2 : row.codes >> (8 * i - 2 & 31)) & 0x3fcu;
     return add_rn(mul_rn(float_of(shared_load(s.table + at)), row.unit), s.offset);
 }
-#elif NESTED
+#endif
+
 // Turns the codes of a slice's scales into scales; the product is rounded before the sum, as the format says.
 FB_DEVICE void decode_scales(const Weight& w, Slot slot, ScaleTable s, u32 first, u32 k, u32 lane) {
-    const u32 codes = slot.scales + SCALE_BYTES, nested = codes + 4 * WORDS * ROWS;
+#if NESTED && !DIRECT
+    const u32 codes = slot.scales + SIDE_CODES, nested = slot.scales + SIDE_NESTED;
 #pragma unroll
     for (u32 i = 0; i < (ROWS * SCALES + 31) / 32; ++i) {
         u32 at = i * 32 + lane, row = at / SCALES, part = at % SCALES;
@@ -172,8 +162,22 @@ FB_DEVICE void decode_scales(const Weight& w, Slot slot, ScaleTable s, u32 first
         }
     }
     wave_barrier();
-}
 #endif
+}
+
+// Fills the table, and that of the nested scales.
+FB_DEVICE void fill_tables(u32 window, const float* code, const float* nested_code, u32 thread, u32 lane) {
+    for (u32 entry = thread; entry < 256; entry += THREADS) {
+        u32 pair = DTYPE == FB_BF16 ? floats_to_bf16x2(code[entry >> 4], code[entry & 15])
+                                    : floats_to_f16x2(code[entry >> 4], code[entry & 15]);
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i)
+            shared_store4(window + TABLE_AT + entry * ENTRY_BYTES + (i + lane & 7) * 16, pair);
+    }
+#if NESTED
+    for (u32 i = thread; i < 256; i += THREADS) shared_store(window + CODES_AT + 4 * i, bits_of(nested_code[i]));
+#endif
+}
 
 // The table's entry of byte i of `word`. `lane4`: four times the lane, and the window in the upper bytes.
 FB_DEVICE u32 decode(u32 lane4, u32 word, int i) {

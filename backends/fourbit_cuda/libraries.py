@@ -1,4 +1,4 @@
-"""What NVRTC is at hand: its version and the architectures that it knows, without importing its Python binding.
+"""Which NVRTC is at hand: its version and the architectures that it knows, without importing its Python binding.
 
 Where code is cached nothing is compiled, and importing `cuda.bindings.nvrtc` takes longer than all the rest of a
 first call. So the library is looked for where its wheels put it, loaded and asked; the binding, imported when
@@ -44,6 +44,7 @@ def _major() -> str:
         return (torch.version.cuda or "").split(".")[0]
 
 
+@lru_cache(maxsize=1)
 def version() -> tuple[int, int]:
     """NVRTC's version. Raises if it cannot be loaded."""
     library = _library()
@@ -59,6 +60,12 @@ def version() -> tuple[int, int]:
     return int(found_major), int(found_minor)
 
 
+def version_text() -> str:
+    """NVRTC's version as "13.0"."""
+    return ".".join(map(str, version()))
+
+
+@lru_cache(maxsize=1)
 def known_archs() -> tuple[int, ...]:
     """Compute capabilities times ten that it compiles for, ascending. Raises if it cannot be loaded."""
     library = _library()

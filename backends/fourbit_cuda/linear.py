@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit_gpu import pieces, plan
+from fourbit_cuda import plan
+from fourbit_cuda.tile import Shape
+from fourbit_gpu import pieces
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.elementwise import DTYPE_CODES
 from fourbit_gpu.launcher import Launcher
@@ -89,7 +91,7 @@ def _prepare(
     nested: bool,
 ) -> _Ready | None:
     """Plan, compile and load once; None if pieces serve the shape."""
-    shape = plan.Shape(m, n, k, DTYPE_CODES[dtype], blocksize, nested)
+    shape = Shape(m, n, k, DTYPE_CODES[dtype], blocksize, nested)
     ready = _load(launcher, shape) if m and plan.use_fused(shape) else None
     if len(_ready) >= _MOST_READY:
         _ready.clear()
@@ -97,7 +99,7 @@ def _prepare(
     return ready
 
 
-def _load(launcher: Launcher, shape: plan.Shape) -> _Ready | None:
+def _load(launcher: Launcher, shape: Shape) -> _Ready | None:
     chosen = plan.plan_linear(launcher.props, shape)
     if chosen is None:
         return None
@@ -160,7 +162,7 @@ def grouped(
     try:
         ready = _ready[key]
     except KeyError:
-        shape = plan.Shape(m, out_features, k, DTYPE_CODES[x.dtype], blocksize, nested_absmax is not None, experts)
+        shape = Shape(m, out_features, k, DTYPE_CODES[x.dtype], blocksize, nested_absmax is not None, experts)
         ready = _ready[key] = _load(launcher, shape)
     if ready is None or (x.data_ptr() | packed.data_ptr() | absmax.data_ptr()) & 15:
         return None
@@ -187,7 +189,7 @@ def describe(
     n, k = shape
     lines = []
     for m in (1, 16, plan.FUSED_ROWS):
-        chosen = plan.plan_linear(props, plan.Shape(m, n, k, DTYPE_CODES[dtype], blocksize, nested))
+        chosen = plan.plan_linear(props, Shape(m, n, k, DTYPE_CODES[dtype], blocksize, nested))
         if chosen is None:
             return "the weight decoded piece by piece, torch's matmul on each (no fused kernel: see backends/README.md)"
         lines.append(f"{m} row{'s' if m > 1 else ''} of x: {chosen.text}")

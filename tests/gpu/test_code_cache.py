@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fourbit import jit
-from fourbit.jit import CacheWarning, DiskCache
+import fourbit
+from fourbit_gpu import code_cache
+from fourbit_gpu.code_cache import CacheWarning, DiskCache
 from tests.support import skip_or_fail
 
 
@@ -46,20 +47,20 @@ def test_compiled_once(cache):
 
 def test_key_tells_everything_apart():
     parts = {"kind": "nvrtc", "version": "13.0", "options": ["-a", "-b"], "headers": {"x.h": "1"}, "source": "s"}
-    names = {jit.key(**parts)}
+    names = {code_cache.key(**parts)}
     for name, other in (
         *(("kind", "hiprtc"), ("version", "13.1"), ("options", ["-b", "-a"]), ("options", ["-a -b"])),
         *(("headers", {"x.h": "2"}), ("headers", {"y.h": "1"}), ("source", "t")),
     ):
-        names.add(jit.key(**parts | {name: other}))
+        names.add(code_cache.key(**parts | {name: other}))
     assert len(names) == 8
-    assert jit.key(**dict(reversed(parts.items()))) in names
+    assert code_cache.key(**dict(reversed(parts.items()))) in names
 
 
 def test_key_depends_on_the_package_version(monkeypatch):
-    before = jit.key(source="s")
-    monkeypatch.setattr(jit, "__version__", "0.0.0")
-    assert jit.key(source="s") != before
+    before = code_cache.key(source="s")
+    monkeypatch.setattr(code_cache, "__version__", "0.0.0")
+    assert code_cache.key(source="s") != before
 
 
 @pytest.mark.parametrize("damage", ("cut", "empty", "flipped", "lengthened", "foreign"))
@@ -142,7 +143,7 @@ def test_what_crashed_processes_left_goes(cache):
     cache.get("a", Compiler())
     old, young = cache.folder / ".old.tmp", cache.folder / ".young.tmp"
     old.write_bytes(b"x"), young.write_bytes(b"x")
-    before = time.time() - 2 * jit.STALE_SECONDS
+    before = time.time() - 2 * code_cache.STALE_SECONDS
     os.utime(old, (before, before))
     cache.get("b", Compiler())
     assert not old.exists() and young.exists()
@@ -171,7 +172,7 @@ def test_a_folder_that_cannot_be_written(cache, monkeypatch):
     def refuses(**_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(jit.tempfile, "mkstemp", refuses)
+    monkeypatch.setattr(code_cache.tempfile, "mkstemp", refuses)
     fresh = DiskCache(cache.folder)
     assert fresh.get("a", Compiler(b"new")) == b"old"
     with pytest.warns(CacheWarning, match="cannot be written: Read-only file system"):
@@ -206,22 +207,22 @@ def test_threads_compile_once(cache):
 def test_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("FOURBIT_CACHE_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("FOURBIT_JIT_CACHE_MB", "3")
-    cache = jit.default_cache()
+    cache = code_cache.default_cache()
     assert cache.folder == tmp_path / "own" / "jit" and cache.limit == 3 << 20
-    assert jit.cached("a", Compiler()) == b"code" and (tmp_path / "own" / "jit" / "a.code").is_file()
+    assert code_cache.cached("a", Compiler()) == b"code" and (tmp_path / "own" / "jit" / "a.code").is_file()
     for wrong in ("-1", "many"):
         monkeypatch.setenv("FOURBIT_JIT_CACHE_MB", wrong)
         with pytest.raises(ValueError, match=f"FOURBIT_JIT_CACHE_MB must be a number of megabytes, got '{wrong}'"):
-            jit.default_cache()
+            code_cache.default_cache()
 
 
-# Without torch, which would take most of the time: a package of that name that holds no more than two modules.
+# Without torch, which would take most of the time: a package of that name, of which the cache takes the version.
 FAKE = """
 import sys, time, types
 package = types.ModuleType("fourbit")
 package.__path__ = [sys.argv[2]]
 sys.modules["fourbit"] = package
-from fourbit.jit import cached
+from fourbit_gpu.code_cache import cached
 def build():
     with open(sys.argv[1], "a") as log:
         log.write("built\\n")
@@ -251,14 +252,14 @@ assert code.startswith(b"\\x7fELF"), code[:8]
 def test_sixteen_processes_with_a_cold_cache(program, tmp_path):
     if program is REAL:
         try:
-            from fourbit_cuda import compiler
+            from fourbit_cuda import libraries
 
-            compiler.version()
+            libraries.version()
         except Exception as error:
             skip_or_fail(f"NVRTC: {error}")
     log = tmp_path / "log"
     env = os.environ | {"FOURBIT_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, str(log), str(Path(jit.__file__).parent)]
+    command = [sys.executable, "-c", program, str(log), str(Path(fourbit.__file__).parent)]
     started = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(16)]
     errors = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [0] * 16, "\n".join(errors)

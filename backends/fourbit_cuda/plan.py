@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fourbit_cuda.tile import Layout, Shape, Tile
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.spec import KernelSpec
 
@@ -27,68 +28,6 @@ WIDE_BYTES = 200 << 10
 
 FUSED_ROWS = 64
 """Rows of x that one pass of the fused kernel takes at most."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Compile-time choices of linear_mma.cu.
-
-    Attributes:
-        rt: m16 tiles of the weight's rows per warp.
-        nt: n8 tiles of x's rows.
-        wr: warps side by side over the weight's rows.
-        wk: warps that share rows and split the inner dimension.
-        kw: elements of a row that a warp takes at a time.
-        stages: slots of each warp's ring.
-        split: blocks of a cluster that share rows and split the inner dimension.
-        resident: whether all of x stays in shared memory.
-        wgmma: whether groups of four warps multiply on sm_90a's asynchronous unit.
-        wide: whether the decoding table has the wide layout.
-    """
-
-    rt: int
-    nt: int
-    wr: int
-    wk: int
-    kw: int
-    stages: int
-    split: int
-    resident: bool
-    wgmma: bool = False
-    wide: bool = False
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return 32 * self.wr * self.wk
-
-    @property
-    def rows(self) -> int:
-        """Rows of the weight that a block works on at a time."""
-        return 16 * self.rt * self.wr
-
-    @property
-    def slice(self) -> int:
-        """Elements of a row that the block's warps take side by side."""
-        return self.wk * self.kw
-
-    @property
-    def columns(self) -> int:
-        """Rows of x that a block takes at a time."""
-        return 8 * self.nt
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A product as plans see it: x [m, k], weight [n, k], `experts` of them."""
-
-    m: int
-    n: int
-    k: int
-    dtype: int
-    blocksize: int
-    nested: bool
-    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,35 +67,6 @@ def fits_fused(props: DeviceProps, shape: Shape) -> bool:
     )
 
 
-def shared_bytes(shape: Shape, tile: Tile) -> int:
-    """Dynamic shared memory of linear_mma.cu, in bytes: the layout of ring.h."""
-    rows, warps = 16 * tile.rt, tile.wr * tile.wk
-    even = shape.k % tile.kw == 0
-    scales = max(1, tile.kw // shape.blocksize)
-    everyone = warps * rows
-    if tile.wide:
-        inside = 256 // everyone
-        table, ring = 256 * 256, -(-max(tile.stages - inside, 0) // 2) * everyone * 256
-    else:
-        table, ring = 256 * 128, tile.stages * everyone * tile.kw // 2
-    side = rows * scales * 4
-    if shape.nested:
-        words = (scales + 3) // 4 if even else (scales + 6) // 4
-        side += 4 * (words + (1 if even or scales == 1 else 2)) * rows
-    x_at = table + ring + tile.stages * warps * side + (1024 if shape.nested else 0) + 64
-    sums = tile.wk * tile.columns * (tile.rows + 4) * 4
-    if tile.resident:
-        steps = -(-steps_in_all(shape, tile) // tile.split)
-        return x_at + (2 * steps * tile.slice + 16) * min(shape.m, tile.columns) + sums
-    x_row = 2 * tile.slice + (0 if tile.wgmma else 16)
-    return x_at + max(tile.stages * tile.columns * x_row, sums)
-
-
-def steps_in_all(shape: Shape, tile: Tile) -> int:
-    """Slices of the block's warps in a row."""
-    return -(-shape.k // tile.slice)
-
-
 def geometry(props: DeviceProps, shape: Shape, tile: Tile) -> tuple[int, int, int]:
     """`(blocks, range_rows, pass_rows)`: every block at once on the device, with nearly equal shares of the rows."""
     tiles = -(-shape.n // 16)
@@ -190,8 +100,8 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
                             continue
                         for resident in places:
                             tile = Tile(rt, nt, wr, wk, kw, stages, split, resident, wgmma, wide)
-                            fits = shared_bytes(shape, tile) <= props.shared_per_block
-                            if fits and split <= steps_in_all(shape, tile):
+                            fits = Layout.of(shape, tile).total <= props.shared_per_block
+                            if fits and split <= tile.steps(shape.k):
                                 yield tile
 
 
@@ -209,7 +119,7 @@ def cost(props: DeviceProps, shape: Shape, tile: Tile) -> float:
     """Estimated microseconds; right in its comparisons more than in its values."""
     _, range_rows, pass_rows = geometry(props, shape, tile)
     passes = -(-range_rows // pass_rows)
-    steps = -(-steps_in_all(shape, tile) // tile.split)
+    steps = -(-tile.steps(shape.k) // tile.split)
     bandwidth = (props.bandwidth or 15.0 * props.sm_count) * 850.0  # bytes per microsecond that can be reached
     per_sm = bandwidth / props.sm_count
     # what the most loaded block moves from memory, and x from the second-level cache, about twice as fast
@@ -247,6 +157,7 @@ def plan_linear(props: DeviceProps, shape: Shape) -> Plan | None:
 def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
     """The plan for one tile."""
     blocks, range_rows, pass_rows = geometry(props, shape, tile)
+    layout = Layout.of(shape, tile)
     spec = KernelSpec.of(
         "linear_mma.cu",
         "linear_mma",
@@ -266,8 +177,9 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
             "GROUPED": int(shape.experts > 0),
             "WGMMA": int(tile.wgmma),
             "WIDE": int(tile.wide),
+            **layout.defines(),
         },
-        min_arch=MIN_ARCH,
+        package="fourbit_cuda",
         arch_specific=tile.wgmma,
     )
     layers = shape.experts or -(-shape.m // tile.columns)
@@ -276,7 +188,7 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         defines = {"BLOCKSIZE": shape.blocksize, "COLUMNS": tile.columns, "DTYPE": shape.dtype}
         padded = -(-shape.k // tile.kw) * tile.kw
         arrange = (
-            KernelSpec.of("arrange_x.cu", "arrange_x", defines, min_arch=MIN_ARCH),
+            KernelSpec.of("arrange_x.cu", "arrange_x", defines, package="fourbit_cuda"),
             layers * tile.columns * padded * 2,
         )
     text = (
@@ -286,11 +198,8 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory,"
         f" ring of {tile.stages} x {tile.kw}"
     )
-    used = shared_bytes(shape, tile)
-    return Plan(spec, (blocks, layers, 1), tile.threads, used, range_rows, pass_rows, arrange, text)
+    return Plan(spec, (blocks, layers, 1), tile.threads, layout.total, range_rows, pass_rows, arrange, text)
 
-
-# ---- decode a piece, then torch's matmul ----------------------------------------------------------------------
 
 FUSED_PASSES = 2
 """Passes of FUSED_ROWS rows up to which decoding again costs less than writing 16-bit weights to memory."""
@@ -299,23 +208,3 @@ FUSED_PASSES = 2
 def use_fused(shape: Shape) -> bool:
     """Whether so few rows of x are better served by the fused kernel."""
     return shape.m <= FUSED_ROWS * FUSED_PASSES
-
-
-def piece_columns(props: DeviceProps, m: int, columns: int, inner: int, itemsize: int, *, whole: bool) -> int:
-    """How many of `columns` output columns to decode at a time, `inner` weights each.
-
-    A piece should stay in the second-level cache, but be wide enough for matmul to fill the device, and with `whole` be
-    the whole weight rather than leave matmul's last wave partly filled, as long as it takes no more memory than the
-    product's input and result; with `whole` False never more than half of the columns of a weight that is larger
-    than a cache.
-    """
-    cached = props.l2_bytes // 2 // (inner * itemsize)
-    filled = 2 * props.sm_count * 128 * 128 // max(m, 1)
-    width = max(cached, filled, 128)
-    if whole:
-        width = max(width, m * (inner + columns) // inner)
-    elif columns * inner * itemsize > props.l2_bytes:
-        width = min(width, -(-columns // 2))
-    width = -(-width // 128) * 128
-    pieces = -(-columns // width)
-    return min(columns, -(-columns // pieces // 128) * 128)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fourbit.jit import CacheWarning, DiskCache
+from fourbit_gpu.code_cache import CacheWarning, DiskCache
 from tests.support import skip_or_fail
 
 OTHER = 12345
@@ -79,7 +79,7 @@ def test_a_folder_above_that_others_may_write(cache, above, bits, group_of_sever
     ("name", "members", "code"),
     (("ada", [], b"planted"), ("ada", ["ada"], b"planted"), ("ada", ["bob"], b"mine"), ("staff", ["ada"], b"mine")),
 )
-@pytest.mark.filterwarnings("ignore::fourbit.jit.CacheWarning")
+@pytest.mark.filterwarnings("ignore::fourbit_gpu.code_cache.CacheWarning")
 def test_the_users_own_group_may_write_above(cache, monkeypatch, name, members, code):
     """With umask 002, as many systems have it, ~/.cache is such a folder."""
     make_group(monkeypatch, name, members)

@@ -24,8 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fourbit import trust
 from fourbit.version import __version__
+from fourbit_gpu import trust
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

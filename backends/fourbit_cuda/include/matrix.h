@@ -103,9 +103,7 @@ FB_DEVICE void prefetch(const void* p, u32 bytes) {
 #endif
 }
 FB_DEVICE void prefetch_line(const void* p) {
-#if !FB_HIP
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
 }
 // Lets the next launch's blocks start wherever there is room; they wait for this launch's end themselves.
 FB_DEVICE void let_next_start() {

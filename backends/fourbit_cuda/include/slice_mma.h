@@ -1,15 +1,29 @@
 // A slice's products on mma.sync: x in shared memory row by row, read into registers.
 #pragma once
-#include "ring.h"
+#include "share.h"
 
 #ifndef UNROLL
 #define UNROLL (RT * NT >= 8 ? 1 : KW / 64)  // how much the compiler may overlap, as registers allow
 #endif
-#define X_STRIDE (2 * SLICE + 16)            // bytes; 16 past a multiple of 32: no bank conflicts
-#define X_BYTES (COLUMNS * X_STRIDE)         // of one stage, where x streams
 
-// One slice of a warp: sums += weight slice times x slice. `x`: address of its first element, for column 0.
-FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, const u32 (&x)[NT], ScaleTable s,
+// Where a lane reads x: its row in each n8 tile.
+typedef u32 Place[NT];
+
+// In a slice that starts at `ring`, rows `stride` bytes apart; those past the end repeat the last.
+FB_DEVICE void locate(Place& place, const Share& s, u32 ring, u32 stride, u32 columns) {
+#pragma unroll
+    for (int i = 0; i < NT; ++i) {
+        u32 m = 8 * i + s.lane / 4;
+        place[i] = ring + (m < columns ? m : columns - 1) * stride + s.wk * (2 * KW);
+    }
+}
+FB_DEVICE void move(Place& to, const Place& from, u32 bytes) {
+#pragma unroll
+    for (int i = 0; i < NT; ++i) to[i] = from[i] + bytes;
+}
+
+// One slice of a warp: sums += weight slice times x slice. `x`: where its first element is.
+FB_DEVICE void multiply_slice(float (&sums)[RT][NT][4], Slot slot, u32 table, const Place& x, ScaleTable s,
                               u32 lane) {
     u32 g = lane / 4, t = lane % 4;
 #if DIRECT

@@ -1,0 +1,68 @@
+// What one block has of the product: rows of the weight, in passes, and a part of their K; its rows of x.
+#pragma once
+#include "ring.h"
+
+#if SPLIT > 1
+#define CLUSTER __cluster_dims__(SPLIT, 1, 1)  // of the blocks that share rows
+#else
+#define CLUSTER
+#endif
+
+struct Share {
+    u32 thread, lane, warp, wr, wk;  // this thread's place; of its warp: over the rows, and over K
+    u32 window, lane4;               // of shared memory; with four times the lane
+    u32 n, k, pass;                  // rows of the weight, elements of one, rows of a pass
+    u32 rank, k_first, steps;        // in the cluster; of K: the first element, and how many slices
+    u32 row_first, row_end;
+
+    __device__ __forceinline__ Share(const u8* shared, i64 n_, i64 k_, i64 range_, i64 pass_) {
+        const u32 base = shared_address(shared);
+        window = base & 0xff000000u;
+        if (base - window != SHARED_BASE) trap();  // matrix.h would be wrong about this device
+        thread = threadIdx.x, lane = thread % 32, warp = same_in_wave(thread / 32);
+        wr = warp % WR, wk = warp / WR;
+        lane4 = window | 4 * lane;
+        n = (u32)n_, k = (u32)k_, pass = (u32)pass_;
+        const u32 range = (u32)range_;
+        rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0;
+        const u32 steps_in_all = (k + SLICE - 1) / SLICE, first_step = steps_in_all * rank / SPLIT;
+        steps = steps_in_all * (rank + 1) / SPLIT - first_step;
+        k_first = first_step * SLICE;
+        row_first = blockIdx.x / SPLIT * range;
+        row_end = row_first + range < n ? row_first + range : n;
+    }
+
+    __device__ __forceinline__ u32 passes() const { return (row_end - row_first + pass - 1) / pass; }
+
+    // The first row of pass p, and where a pass that starts there ends.
+    __device__ __forceinline__ u32 top(u32 p) const { return row_first + p * pass; }
+    __device__ __forceinline__ u32 bottom(u32 top) const { return top + pass < row_end ? top + pass : row_end; }
+};
+
+// Rows of x: COLUMNS of them, or those of the block's expert, whose rows of the weight start with `weight`.
+struct Rows {
+    i64 first, end;
+    u32 weight;
+};
+FB_DEVICE Rows rows_of_block(i64 rows_of_x) {
+    const i64 first = (i64)blockIdx.y * COLUMNS;
+    return Rows{first, first + COLUMNS < rows_of_x ? first + COLUMNS : rows_of_x, 0};
+}
+FB_DEVICE Rows rows_of_expert(i64 rows_of_x, const i64* offsets, u32 n) {
+    const u32 expert = blockIdx.y;
+    i64 first = 0;
+    for (u32 e = 0; e < expert; ++e) first = offsets[e] > first ? offsets[e] : first;
+    return Rows{first, offsets[expert] < rows_of_x ? offsets[expert] : rows_of_x, expert * n};
+}
+
+// Has the cache ask for what the first slots of the ring will hold: while the launch before still runs.
+FB_DEVICE void prefetch_first(const Share& s, const u8* packed, const float* code) {
+    if (s.thread == 0) prefetch_line(code);
+    for (u32 r = s.row_first + s.thread / 4; r < s.row_first + s.pass && r < s.row_end; r += THREADS / 4) {
+#pragma unroll
+        for (u32 i = 0; i < (WGMMA ? STAGES - 1 : 1); ++i) {
+            u32 at = s.k_first + (4 * i + s.thread % 4) * (SLICE / 4);
+            if (at + SLICE / 4 <= s.k) prefetch(packed + (u64)r * (s.k / 2) + at / 2, SLICE / 8);
+        }
+    }
+}
