@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,19 @@ from torch.utils._pytree import tree_map_only
 
 from fourbit.weight import Weight
 
-if TYPE_CHECKING:
-    from fourbit.nn.storage import PackedStorage
+
+class Holder(Protocol):
+    """What a view needs of the module that holds the packed weight."""
+
+    weight_shape: torch.Size
+    dtype: torch.dtype
+    qweight: Tensor
+
+    def packed_weight(self) -> Weight: ...
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
+    def store(self, w: Tensor, name: str = "weight") -> None: ...
+    def _set_dtype(self, dtype: torch.dtype) -> None: ...
+
 
 aten = torch.ops.aten
 
@@ -30,11 +41,11 @@ class WeightView(Tensor):
     to *that* does not reach the module.
     """
 
-    holder: PackedStorage
+    holder: Holder
     expert: int | None
 
     @staticmethod
-    def __new__(cls: type[WeightView], holder: PackedStorage, expert: int | None = None) -> WeightView:
+    def __new__(cls: type[WeightView], holder: Holder, expert: int | None = None) -> WeightView:
         shape = holder.weight_shape if expert is None else holder.weight_shape[1:]
         view = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=holder.dtype, device=holder.qweight.device, requires_grad=False
@@ -43,7 +54,7 @@ class WeightView(Tensor):
         view.expert = expert
         return view
 
-    def __init__(self, holder: PackedStorage, expert: int | None = None) -> None:
+    def __init__(self, holder: Holder, expert: int | None = None) -> None:
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

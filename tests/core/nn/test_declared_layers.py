@@ -85,7 +85,7 @@ def test_in_memory(scaled_4bit, double_quant):
     assert rules["a.qweight"] == rules["a.scales"] == "4-bit already" and "not a matrix" in rules["a.scale"]
 
     answer = fourbit.explain(a)
-    assert (answer.op, answer.query.blocksize, answer.query.double_quant) == ("linear_4bit", 32, double_quant)
+    assert (answer.op, answer.query.blocksize, answer.query.nested) == ("linear_4bit", 32, double_quant)
     assert warmup(held, rows=(1, 2)) == 4, "a and b are of one kind"
 
 
@@ -154,7 +154,7 @@ def test_what_ours_say_of_themselves(kind, double_quant):
     query = layer.query()
     assert (query.device, query.dtype, query.blocksize) == (torch.device("cpu"), torch.bfloat16, 64)
     assert query.op == ("linear_4bit" if kind in ("linear", "experts") else "embedding_4bit")
-    assert query.double_quant == (double_quant and kind != "experts"), "an expert's scales are decoded first"
+    assert query.nested == (double_quant and kind != "experts"), "an expert's scales are decoded first"
     assert fourbit.explain(layer).query == query
     assert fourbit.explain(layer, dtype=torch.float32, blocksize=32).query == replace(
         query, dtype=torch.float32, blocksize=32
