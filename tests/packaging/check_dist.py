@@ -48,6 +48,8 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
         "[fourbit.backends]",
         "cpu = fourbit_cpu",
         "reference = fourbit.reference",
+        "[fourbit.commands]",
+        "demo = fourbit_transformers.demo.command:demo",
         "[fourbit.models]",
         "transformers = fourbit_transformers.description",
         "fourbit = fourbit_pytest",

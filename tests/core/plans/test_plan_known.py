@@ -159,6 +159,8 @@ def fourbit_describe_model(config, names):
 def install(monkeypatch, tmp_path):
     """`install(name=source)`: modules that entry points of the group name."""
 
+    plugins.load()  # the backends are the real ones
+
     def make(**modules):
         found = []
         for name, source in modules.items():
