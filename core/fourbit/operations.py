@@ -101,12 +101,22 @@ def _check_quantize(
     return (w.device, w.dtype, blocksize, False), (w.contiguous(), code.contiguous(), blocksize, signed_scale)
 
 
-def _fake_quantize(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
+def _fake_quantize(w: Tensor, code: Tensor, blocksize: int, _: object = None) -> tuple[Tensor, Tensor]:
     checks.source("quantize_4bit", "w", w)
     checks.blocksize("quantize_4bit", blocksize)
     n = w.numel()
     absmax = w.new_empty((_ceil_div(n, blocksize),), dtype=torch.float32)
     return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), absmax
+
+
+def _check_quantize_scaled(
+    op: str, w: Tensor, code: Tensor, blocksize: int, scales: Tensor
+) -> tuple[Key, tuple[Any, ...]]:
+    key, (w, code, blocksize, _) = _check_quantize(op, w, code, blocksize)
+    checks.given_scales(op, scales, w, blocksize)
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError(f"{op}: scales must be finite")
+    return key, (w, code, blocksize, scales.contiguous())
 
 
 def _check_quantize_blockwise(op: str, x: Tensor, code: Tensor, blocksize: int) -> tuple[Key, tuple[Any, ...]]:
@@ -220,6 +230,14 @@ OPERATIONS: dict[str, Operation] = {
             returns="Tensor",
             check=_check_dequantize,
             fake=lambda weight, shape, dtype: weight.packed.new_empty(tuple(shape), dtype=dtype),
+        ),
+        Operation(
+            name="quantize_4bit_scaled",
+            arguments="Tensor w, Tensor code, int blocksize, Tensor scales",
+            returns="(Tensor, Tensor)",
+            check=_check_quantize_scaled,
+            fake=_fake_quantize,
+            composition=_PLAIN,
         ),
         _linear(
             name="linear_4bit",
