@@ -7,7 +7,9 @@ and refuses any other. It is no judge of whether the installed fourbit is that c
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from asv import util
@@ -53,5 +55,8 @@ class CurrentEnvironment(Environment):
             raise util.UserError("only the checked-out commit can be measured, with the fourbit that is installed")
 
     def run(self, args: list[str], **kwargs: Any) -> str:
-        output: str = util.check_output([sys.executable, *args], **kwargs)
+        # asv imports the folder `benchmarks` by itself; the harness lies beside it
+        env = dict(kwargs.pop("env", None) or os.environ)
+        env["ASV_PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), env.get("ASV_PYTHONPATH"))))
+        output: str = util.check_output([sys.executable, *args], env=env, **kwargs)
         return output

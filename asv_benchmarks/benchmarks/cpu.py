@@ -1,4 +1,4 @@
-"""The CPU backend as ratios and rates within one run, weights cold; `peers.py cpu` has the whole table."""
+"""The CPU backend as ratios and rates within one run, weights cold; `python -m peers cpu` has the whole table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 import fourbit
-
-from .timing import ReadBandwidth, copies_for, interleave
+from harness.timing import ReadBandwidth, copies_for, interleave
 
 SIZE = 2048
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from .measure import import_milliseconds
+from harness.calls import import_milliseconds
 
 
 def timeraw_torch():

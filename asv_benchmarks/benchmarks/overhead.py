@@ -6,12 +6,8 @@ from contextlib import ExitStack
 
 import torch
 
-import fourbit
-
-from .measure import microseconds
-from .null_backend import null_backend
-
-SIZE = 64
+from harness.calls import microseconds
+from harness.null_backend import overhead_calls
 
 
 class Overhead:
@@ -20,45 +16,37 @@ class Overhead:
     def setup(self):
         torch.manual_seed(0)
         self.stack = ExitStack()
-        backend = self.stack.enter_context(null_backend(torch.zeros(1, SIZE)))
-        self.plain = torch.nn.Linear(SIZE, SIZE, bias=False)
-        self.x = torch.randn(1, SIZE)
-        self.packed, self.state = fourbit.quantize_4bit(self.plain.weight.detach(), blocksize=64)
-        self.module = fourbit.nn.Linear4bit.from_linear(self.plain, fourbit.QuantConfig(blocksize=64))
-        self.method = backend.linear_4bit
-        self.arguments = (self.x, self.packed, self.state.absmax, self.state.code, 64, SIZE, None, None, None, None)
-        self.no_grad = self.stack.enter_context(torch.no_grad())
+        calls, plain, x = self.stack.enter_context(overhead_calls())
+        self.method, self.op, self.module, *_ = calls.values()
+        self.plain = lambda: plain(x)
+        self.stack.enter_context(torch.no_grad())
 
     def teardown(self):
         self.stack.close()
 
     def time_backend_method(self):
-        self.method(*self.arguments)
+        self.method()
 
     def time_public_op(self):
-        fourbit.linear_4bit(self.x, self.packed, self.state)
+        self.op()
 
     def time_module_call(self):
-        self.module(self.x)
+        self.module()
 
     def time_nn_linear(self):
-        self.plain(self.x)
+        self.plain()
 
     def track_dispatch(self):
         """Public op minus the backend's method."""
-        times = self._times()
-        return times["op"] - times["method"]
+        return self._over_the_method(self.op)
 
     def track_module(self):
         """Linear4bit.__call__ minus the backend's method."""
-        times = self._times()
-        return times["module"] - times["method"]
+        return self._over_the_method(self.module)
 
-    def _times(self):
-        return microseconds(
-            {"method": self.time_backend_method, "op": self.time_public_op, "module": self.time_module_call},
-            rounds=31,
-        )
+    def _over_the_method(self, call):
+        times = microseconds({"method": self.method, "call": call}, rounds=31)
+        return times["call"] - times["method"]
 
 
 Overhead.track_dispatch.unit = Overhead.track_module.unit = "µs"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fourbit.backend import Backend, OpQuery
 from fourbit.hookspecs import hookimpl
+from fourbit.weight import Weight
 from fourbit_cpu import native
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,7 +23,7 @@ HUGE_BYTES = 4 << 20
 class CpuBackend(Backend):
     """4-bit ops on the CPU. FOURBIT_CPU_ISA forces an instruction set; threads are `torch.get_num_threads()`."""
 
-    api_version = 1
+    api_version = 2
     name = "cpu"
     device_types = ("cpu",)
     priority = 5  # one that a user installed beside it is meant to be used
@@ -67,40 +68,24 @@ class CpuBackend(Backend):
 
     def dequantize_4bit(
         self,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         shape: Sequence[int],
         dtype: torch.dtype,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty(shape, dtype=dtype)
         self._prepare(out)
         self._native.dequantize_4bit(
-            *_weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset),
+            *_addresses(weight),
             *(out.numel(), DTYPES[dtype], out.data_ptr()),
         )
         return out
 
-    def linear_4bit(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        out_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
+    def linear_4bit(self, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None = None) -> Tensor:
         shape = x.shape
         k = shape[-1]
         out = x.new_empty((*shape[:-1], out_features))
+        # `_addresses` written out: this is the hot path
+        packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset = weight
         self._native.linear_4bit(
             x.data_ptr(),
             DTYPES[x.dtype],
@@ -122,20 +107,14 @@ class CpuBackend(Backend):
     def linear_4bit_grad(
         self,
         grad: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         in_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
     ) -> Tensor:
         n = grad.shape[-1]
         out = grad.new_empty((*grad.shape[:-1], in_features))
         self._native.linear_4bit_grad(
             *(grad.data_ptr(), DTYPES[grad.dtype], grad.numel() // n, n, in_features),
-            *_weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset),
+            *_addresses(weight),
             out.data_ptr(),
         )
         return out
@@ -143,22 +122,16 @@ class CpuBackend(Backend):
     def embedding_4bit(
         self,
         ids: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         num_embeddings: int,
         embedding_dim: int,
         dtype: torch.dtype,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty((*ids.shape, embedding_dim), dtype=dtype)
         self._prepare(out)
         bad = self._native.embedding_4bit(
             *(ids.data_ptr(), ids.element_size(), ids.numel(), num_embeddings, embedding_dim),
-            *_weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset),
+            *_addresses(weight),
             *(DTYPES[dtype], out.data_ptr()),
         )
         if bad >= 0:
@@ -170,21 +143,15 @@ class CpuBackend(Backend):
         self,
         x: Tensor,
         offsets: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         out_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
     ) -> Tensor:
         rows, k = x.shape
         ends = offsets.long()
         out = x.new_empty((rows, out_features))
         self._native.grouped_linear_4bit(
             *(x.data_ptr(), DTYPES[x.dtype], rows, ends.data_ptr(), ends.numel(), out_features, k),
-            *_weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset),
+            *_addresses(weight),
             out.data_ptr(),
         )
         return out
@@ -193,21 +160,15 @@ class CpuBackend(Backend):
         self,
         grad: Tensor,
         offsets: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         in_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
     ) -> Tensor:
         rows, n = grad.shape
         ends = offsets.long()
         out = grad.new_empty((rows, in_features))
         self._native.grouped_linear_4bit_grad(
             *(grad.data_ptr(), DTYPES[grad.dtype], rows, ends.data_ptr(), ends.numel(), n, in_features),
-            *_weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset),
+            *_addresses(weight),
             out.data_ptr(),
         )
         return out
@@ -240,22 +201,13 @@ class CpuBackend(Backend):
             self._native.advise_huge_pages(fresh.data_ptr(), size)
 
 
-def _weight(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-) -> tuple[int, ...]:
+def _addresses(weight: Weight) -> tuple[int, ...]:
     """The fields of `Weight` in src/kernels.h."""
+    packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset = weight
     if nested_absmax is None or nested_code is None or nested_offset is None:
         return packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), blocksize, 0, 0, 0
-    return (
-        *(packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), blocksize),
-        *(nested_absmax.data_ptr(), nested_code.data_ptr(), nested_offset.data_ptr()),
-    )
+    nested = (nested_absmax.data_ptr(), nested_code.data_ptr(), nested_offset.data_ptr())
+    return packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), blocksize, *nested
 
 
 backend = CpuBackend()

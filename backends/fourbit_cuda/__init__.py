@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
 from fourbit.hookspecs import hookimpl
+from fourbit.weight import Weight
 from fourbit_gpu.backend import GpuBackend
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda
 class CudaBackend(GpuBackend):
     """NVIDIA GPUs from compute capability 7.5 on."""
 
-    api_version = 1
+    api_version = 2
     name = "cuda"
     device_types = ("cuda",)
 
@@ -49,7 +50,7 @@ class CudaBackend(GpuBackend):
         where = targets.target(props.arch)
         how = f"NVRTC {libraries.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
         if query.op in ("linear_4bit", "linear_4bit_grad"):
-            plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.double_quant, tuple(shape))
+            plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.nested, tuple(shape))
             return f"{plan} ({how})"
         if query.op == "grouped_linear_4bit":
             return f"all experts in one launch for few rows an expert, else expert by expert ({how})"
@@ -67,65 +68,44 @@ class CudaBackend(GpuBackend):
     def linear_4bit(
         self,
         x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         out_features: int,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
         bias: Optional = None,
     ) -> Tensor:
         # the hot path: as little as possible between the op and the launch
         index = x.device.index
         launcher = self._launchers.get(index)
-        nested = (nested_absmax, nested_code, nested_offset)
+        args = (x, *weight[:4], out_features, *weight[4:], bias)
         if launcher is not None and _current_device() == index:
-            return self._linear(launcher, x, packed, absmax, code, blocksize, out_features, *nested, bias)
+            return self._linear(launcher, *args)
         self._launcher(x.device)
-        args = (x, packed, absmax, code, blocksize, out_features, *nested, bias)
         result: Tensor = self._run(self._linear, x.device, *args)
         return result
 
     def linear_4bit_grad(
         self,
         grad: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         in_features: int,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
     ) -> Tensor:
         from fourbit_cuda import linear
 
-        nested = (nested_absmax, nested_code, nested_offset)
-        weight = (packed, absmax, code, blocksize, in_features)
-        result: Tensor = self._run(linear.linear_grad, grad.device, grad, *weight, *nested)
+        args = (grad, *weight[:4], in_features, *weight[4:])
+        result: Tensor = self._run(linear.linear_grad, grad.device, *args)
         return result
 
     def grouped_linear_4bit(
         self,
         x: Tensor,
         offsets: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         out_features: int,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
     ) -> Tensor:
         from fourbit_cuda import linear
 
-        nested = (nested_absmax, nested_code, nested_offset)
-        args: tuple[Any, ...] = (x, offsets, packed, absmax, code, blocksize, out_features, *nested)
+        args = (x, offsets, *weight[:4], out_features, *weight[4:])
         result: Tensor | None = self._run(linear.grouped, x.device, *args)
-        return super().grouped_linear_4bit(*args) if result is None else result
+        return super().grouped_linear_4bit(x, offsets, weight, out_features) if result is None else result
 
 
 @hookimpl

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fourbit.backend import Backend
+from fourbit.weight import Weight
 
 if TYPE_CHECKING:
     from fourbit_gpu.launcher import Launcher
 
-Optional = Tensor | None
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
@@ -56,42 +56,28 @@ class GpuBackend(Backend):
 
     def dequantize_4bit(
         self,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         shape: Sequence[int],
         dtype: torch.dtype,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
     ) -> Tensor:
         from fourbit_gpu import elementwise
 
-        nested = (nested_absmax, nested_code, nested_offset)
-        weight = (packed, absmax, code, blocksize)
-        result: Tensor = self._run(elementwise.dequantize, packed.device, *weight, shape, dtype, *nested)
+        args = (*weight[:4], shape, dtype, *weight[4:])
+        result: Tensor = self._run(elementwise.dequantize, weight.packed.device, *args)
         return result
 
     def embedding_4bit(
         self,
         ids: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         num_embeddings: int,
         embedding_dim: int,
         dtype: torch.dtype,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
     ) -> Tensor:
         from fourbit_gpu import elementwise
 
-        nested = (nested_absmax, nested_code, nested_offset)
-        weight = (packed, absmax, code, blocksize, num_embeddings, embedding_dim)
-        result: Tensor = self._run(elementwise.embedding, ids.device, ids, *weight, dtype, *nested)
+        args = (ids, *weight[:4], num_embeddings, embedding_dim, dtype, *weight[4:])
+        result: Tensor = self._run(elementwise.embedding, ids.device, *args)
         return result
 
     def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

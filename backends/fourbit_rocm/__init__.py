@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fourbit.backend import COMPOSITIONS, SUPPORTED, Backend, OpQuery, Support
 from fourbit.hookspecs import hookimpl
+from fourbit.weight import Weight
 from fourbit_gpu.backend import GpuBackend
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ Optional = Tensor | None
 class RocmBackend(GpuBackend):
     """AMD GPUs: CDNA 2 to 4 with waves of 64 lanes, RDNA 2 to 4 with waves of 32."""
 
-    api_version = 1
+    api_version = 2
     name = "rocm"
     device_types = ("cuda",)
 
@@ -66,38 +67,24 @@ class RocmBackend(GpuBackend):
     def linear_4bit(
         self,
         x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         out_features: int,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
         bias: Optional = None,
     ) -> Tensor:
         from fourbit_rocm import linear
 
-        weight = linear.Weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
-        result: Tensor = self._run(linear.linear, x.device, x, weight, out_features, bias)
+        result: Tensor = self._run(linear.linear, x.device, x, linear.Weight(*weight), out_features, bias)
         return result
 
     def linear_4bit_grad(
         self,
         grad: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
+        weight: Weight,
         in_features: int,
-        nested_absmax: Optional = None,
-        nested_code: Optional = None,
-        nested_offset: Optional = None,
     ) -> Tensor:
         from fourbit_rocm import linear
 
-        weight = linear.Weight(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
-        result: Tensor = self._run(linear.linear_grad, grad.device, grad, weight, in_features)
+        result: Tensor = self._run(linear.linear_grad, grad.device, grad, linear.Weight(*weight), in_features)
         return result
 
 

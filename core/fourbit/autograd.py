@@ -8,6 +8,7 @@ autograd's Function, which finds out what there is to record.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +17,17 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from fourbit import ops
+from fourbit import ops, registry
+from fourbit.operations import OPERATIONS, Operation
+from fourbit.scales import NESTED_BLOCKSIZE
+from fourbit.weight import Weight
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _grad_enabled = torch.is_grad_enabled
-_linear_eager = ops._linear_4bit
-_linear: Callable[..., Tensor] = torch.ops.fourbit.linear_4bit.default
-_linear_grad: Callable[..., Tensor] = torch.ops.fourbit.linear_4bit_grad.default
-_grouped: Callable[..., Tensor] = torch.ops.fourbit.grouped_linear_4bit.default
-_grouped_grad: Callable[..., Tensor] = torch.ops.fourbit.grouped_linear_4bit_grad.default
-
-Weight = tuple[Tensor, Tensor, Tensor, int]
-Nested = tuple[Tensor | None, ...]
-
+_calls: dict[str, Callable[..., Tensor]] = {name: getattr(torch.ops.fourbit, name).default for name in OPERATIONS}
+_uint8, _float32 = torch.uint8, torch.float32
+_CPU = torch.device("cpu")
+_new = tuple.__new__
 
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _view_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -45,12 +44,12 @@ def _below(function: Callable[..., Tensor], *args: Any) -> Tensor:
             return function(*args)
 
 
-def _record(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, function being `apply` of a Function, at the level of torch.func that this kernel serves."""
+def _record(*args: Any) -> Tensor:
+    """`_Product` of the arguments, at the level of torch.func that this kernel serves."""
     if not _transforming():
-        return function(*args)
+        return _apply(*args)
     with enable_single_level_autograd_function():
-        return function(*args)
+        return _apply(*args)
 
 
 def _plain_keys(kind: str) -> int:
@@ -67,106 +66,84 @@ _PLAIN = frozenset(_plain_keys(kind) for kind in ("CPU", "CUDA", "HIP", "XPU", "
 memory, a dispatch mode, a subclass, a transform of torch.func, a tensor on another kind of device."""
 
 
-def _is_plain(keys: torch._C.DispatchKeySet, x: Tensor) -> bool:
-    """Whether there is nothing to do for a call but to run its kernel; `x` alone may need a derivative."""
-    if forward_ad._current_level >= 0 or (x.requires_grad and _grad_enabled()):
-        return False
-    return _raw_keys(keys) in _PLAIN
-
-
 # Not autograd.Function: under torch.func each level of a transform comes to these kernels by itself, with tensors of
 # its own, and wants what autograd does for one level.
 class _Product(_SingleLevelFunction):
-    """x times the transposed weight; differentiable any number of times, since its gradient is `_Transposed`."""
+    """x times a weight, as it is or transposed; differentiable any number of times, since each is the other's gradient.
+
+    `offsets`, and only they, for experts' rows.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, offsets: Tensor | None, weight: Weight, width: int, nested: Nested
+        ctx: Any, op: Operation, x: Tensor, bias: Tensor | None, offsets: Tensor | None, weight: Weight, width: int
     ) -> Tensor:
-        _save(ctx, x, offsets, weight, nested)
-        ctx.out_features = width
-        return _below(_product, x, offsets, weight, width, nested, bias)
+        packed, absmax, code, ctx.blocksize, *nested = weight
+        tensors = (packed, absmax, code, *nested, offsets)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.op, ctx.shape, ctx.width = op, x.shape, width
+        ctx.set_materialize_grads(False)  # a derivative that is zero comes as None, not as zeros to multiply by
+        return _below(_product, op, x, offsets, weight, width, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         to_x = to_bias = None
-        if grad is not None and ctx.needs_input_grad[0]:
-            offsets, weight, nested = _saved(ctx)
-            to_x = _transposed(grad, offsets, weight, ctx.shape[-1], nested)
         if grad is not None and ctx.needs_input_grad[1]:
+            to_x = _product(OPERATIONS[ctx.op.transposed], grad, *_saved(ctx), ctx.shape[-1])
+        if grad is not None and ctx.needs_input_grad[2]:
             to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return to_x, to_bias, None, None, None, None
+        return None, to_x, to_bias, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: None) -> Tensor | None:
+    def jvp(ctx: Any, _: None, x: Tensor | None, bias: Tensor | None, *__: None) -> Tensor | None:
         if x is None:
-            return None if bias is None else bias.expand(*ctx.shape[:-1], ctx.out_features)
-        offsets, weight, nested = _saved(ctx)
-        product = _product(x, offsets, weight, ctx.out_features, nested)
+            return None if bias is None else bias.expand(*ctx.shape[:-1], ctx.width)
+        product = _product(ctx.op, x, *_saved(ctx), ctx.width)
         return product if bias is None else product + bias
 
 
-class _Transposed(_SingleLevelFunction):
-    """grad times the weight; its own gradient is `_Product`."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, offsets: Tensor | None, weight: Weight, width: int, nested: Nested) -> Tensor:
-        _save(ctx, grad, offsets, weight, nested)
-        ctx.in_features = width
-        return _below(_transposed, grad, offsets, weight, width, nested)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        to_grad = None
-        if grad is not None and ctx.needs_input_grad[0]:
-            offsets, weight, nested = _saved(ctx)
-            to_grad = _product(grad, offsets, weight, ctx.shape[-1], nested)
-        return to_grad, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, grad: Tensor | None, *_: None) -> Tensor | None:
-        if grad is None:
-            return None
-        offsets, weight, nested = _saved(ctx)
-        return _transposed(grad, offsets, weight, ctx.in_features, nested)
+_apply: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
 
 
-_apply_product: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
-_apply_transposed: Callable[..., Tensor] = _Transposed.apply  # type: ignore[attr-defined]
-
-
-def _save(ctx: Any, x: Tensor, offsets: Tensor | None, weight: Weight, nested: Nested) -> None:
-    packed, absmax, code, ctx.blocksize = weight
-    tensors = (packed, absmax, code, offsets, *nested)
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-    ctx.shape = x.shape
-    ctx.set_materialize_grads(False)  # a derivative that is zero comes as None, not as zeros to multiply by
-
-
-def _saved(ctx: Any) -> tuple[Tensor | None, Weight, Nested]:
-    packed, absmax, code, offsets, *nested = ctx.saved_tensors
-    return offsets, (packed, absmax, code, ctx.blocksize), tuple(nested)
+def _saved(ctx: Any) -> tuple[Tensor | None, Weight]:
+    packed, absmax, code, *nested, offsets = ctx.saved_tensors
+    return offsets, _new(Weight, (packed, absmax, code, ctx.blocksize, *nested))
 
 
 def _product(
-    x: Tensor, offsets: Tensor | None, weight: Weight, width: int, nested: Nested, bias: Tensor | None = None
+    op: Operation, x: Tensor, offsets: Tensor | None, weight: Weight, width: int, bias: Tensor | None = None
 ) -> Tensor:
-    """x times the transposed weight, or each expert's rows times its own."""
+    """The op itself, through torch's dispatcher."""
+    call = _calls[op.name]
+    packed, absmax, code, blocksize, *nested = weight
     if offsets is not None:
-        return _grouped(x, offsets, *weight, width, *nested)
-    return _linear(x, *weight, width, *nested, bias)
+        return call(x, offsets, packed, absmax, code, blocksize, width, *nested)
+    if bias is None:
+        return call(x, packed, absmax, code, blocksize, width, *nested)
+    return call(x, packed, absmax, code, blocksize, width, *nested, bias)
 
 
-def _transposed(grad: Tensor, offsets: Tensor | None, weight: Weight, width: int, nested: Nested) -> Tensor:
-    """grad times the weight, or each expert's rows times its own."""
-    if offsets is not None:
-        return _grouped_grad(grad, offsets, *weight, width, *nested)
-    return _linear_grad(grad, *weight, width, *nested)
+def _differentiable(op: Operation) -> Callable[..., Tensor]:
+    """The kernel of a product at the Autograd key."""
+    eager: Callable[..., Tensor] = ops.eager[op.name]
+    grouped = "offsets" in op.arguments
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+        x = args[0]
+        if _raw_keys(keys) in _PLAIN and forward_ad._current_level < 0 and not (x.requires_grad and _grad_enabled()):
+            return eager(*args)
+        x, *offsets, weight, width = op.unflatten(*args)
+        return _record(op, x, None, offsets[0] if grouped else None, weight, width)
+
+    return kernel
 
 
-def _linear_autograd(
-    keys: torch._C.DispatchKeySet,
+# ---- linear_4bit: the hot path ------------------------------------------------------------------------------
+
+
+def _linear_4bit(
+    keys: torch._C.DispatchKeySet | None,
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -178,103 +155,109 @@ def _linear_autograd(
     nested_offset: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    # `_is_plain` written out: this is the hot path
-    raw = _raw_keys(keys)
+    """The kernel at the Autograd key, and with `keys` None the one below it."""
+    weight = _new(Weight, (packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset))
+    on_cpu = False
+    if keys is not None:
+        raw = _raw_keys(keys)
+        if (
+            raw not in _PLAIN
+            or forward_ad._current_level >= 0
+            or ((x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled())
+        ):
+            return _record(_LINEAR, x, bias, None, weight, out_features)
+        on_cpu = raw == _PLAIN_CPU  # then all tensors are there
+    # A hit in the table vouches for dtype and blocksize, one expression for the rest; where that says no, the eager
+    # kernel finds out and says why.
+    device = _CPU if on_cpu else x.device
+    run: Any = None
+    count = 0
+    try:
+        run = registry.state.tables["linear_4bit"][device, x.dtype, blocksize, nested_absmax is not None]
+        count = out_features * x.shape[-1]
+    except (KeyError, IndexError):
+        pass
     if (
-        raw in _PLAIN
-        and forward_ad._current_level < 0
-        and not ((x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled())
-    ):
-        # fmt: off
-        return _linear_eager(
-            x, packed, absmax, code, blocksize, out_features, nested_absmax, nested_code, nested_offset, bias,
-            raw == _PLAIN_CPU,
+        not count
+        or packed.numel() != (count + 1) >> 1
+        or absmax.numel() != -(-count // blocksize)
+        or packed.dtype is not _uint8
+        or code.numel() != 16
+        or code.dtype is not _float32
+        or not (on_cpu or packed.device == absmax.device == code.device == device)
+        or not packed.is_contiguous()
+        or not absmax.is_contiguous()
+        or not code.is_contiguous()
+        or (bias is not None and not _bias_fits(bias, out_features, x))
+        or (
+            (absmax.dtype is not _float32 or nested_code is not None or nested_offset is not None)
+            if nested_absmax is None
+            else not _nested_fit(absmax, nested_absmax, nested_code, nested_offset, device)
         )
-        # fmt: on
-    weight, nested = (packed, absmax, code, blocksize), (nested_absmax, nested_code, nested_offset)
-    return _record(_apply_product, x, bias, None, weight, out_features, nested)
+    ):
+        return _linear_eager(x, *weight[:4], out_features, *weight[4:], bias)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    result: Tensor = run(x, weight, out_features, bias)
+    return result
 
 
-def _linear_grad_autograd(
-    keys: torch._C.DispatchKeySet,
-    grad: Tensor,
-    packed: Tensor,
+_LINEAR = OPERATIONS["linear_4bit"]
+_linear_eager: Callable[..., Tensor] = ops.eager["linear_4bit"]
+
+
+def _bias_fits(bias: Tensor, out_features: int, x: Tensor) -> bool:
+    """Whether the bias is surely right, as it is."""
+    return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device and bias.is_contiguous()
+
+
+def _nested_fit(
     absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    in_features: int,
-    *nested: Tensor | None,
-) -> Tensor:
-    weight = (packed, absmax, code, blocksize)
-    if _is_plain(keys, grad):
-        return ops._linear_4bit_grad(grad, *weight, in_features, *nested)
-    return _record(_apply_transposed, grad, None, weight, in_features, ops._three(nested))
-
-
-def _grouped_autograd(
-    keys: torch._C.DispatchKeySet,
-    x: Tensor,
-    offsets: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    out_features: int,
-    *nested: Tensor | None,
-) -> Tensor:
-    weight = (packed, absmax, code, blocksize)
-    if _is_plain(keys, x):
-        return ops._grouped_linear_4bit(x, offsets, *weight, out_features, *nested)
-    return _record(_apply_product, x, None, offsets, weight, out_features, ops._three(nested))
-
-
-def _grouped_grad_autograd(
-    keys: torch._C.DispatchKeySet,
-    grad: Tensor,
-    offsets: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    in_features: int,
-    *nested: Tensor | None,
-) -> Tensor:
-    weight = (packed, absmax, code, blocksize)
-    if _is_plain(keys, grad):
-        return ops._grouped_linear_4bit_grad(grad, offsets, *weight, in_features, *nested)
-    return _record(_apply_transposed, grad, offsets, weight, in_features, ops._three(nested))
-
-
-for _name, _kernel in (
-    ("linear_4bit", _linear_autograd),
-    ("linear_4bit_grad", _linear_grad_autograd),
-    ("grouped_linear_4bit", _grouped_autograd),
-    ("grouped_linear_4bit_grad", _grouped_grad_autograd),
-):
-    ops._library.impl(_name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    nested_absmax: Tensor,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    device: torch.device,
+) -> bool:
+    """Whether nested scales are surely right, as they are."""
+    return (
+        nested_code is not None
+        and nested_offset is not None
+        and absmax.dtype is _uint8
+        and nested_absmax.numel() == -(-absmax.numel() // NESTED_BLOCKSIZE)
+        and nested_code.numel() == 256
+        and nested_offset.numel() == 1
+        and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is _float32
+        and nested_absmax.device == nested_code.device == nested_offset.device == device
+        and nested_absmax.is_contiguous()
+        and nested_code.is_contiguous()
+    )
 
 
 # ---- autocast: as torch's own linear, x and bias are cast to the autocast dtype -----------------------------
 
 
-def _register_autocast(device_type: str, key: str) -> None:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+def _autocast(op: Operation, device_type: str, keys: torch._C.DispatchKeySet) -> Callable[..., Tensor]:
+    call = _calls[op.name]
+    cast_at = [index for index, argument in enumerate(op.flat) if argument.split()[1] in ("x", "bias=None")]
 
-    def linear(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def kernel(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        *rest, bias = args if len(args) == 9 else (*args, kwargs.pop("bias", None))
-        if bias is not None:
-            kwargs["bias"] = bias.to(dtype)
+        cast = list(args)
+        for index in cast_at:
+            if index < len(cast) and cast[index] is not None:
+                cast[index] = cast[index].to(dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _linear(x.to(dtype), *rest, **kwargs)
+            return call(*cast)
 
-    def grouped(x: Tensor, *args: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _grouped(x.to(torch.get_autocast_dtype(device_type)), *args)
-
-    ops._library.impl("linear_4bit", linear, key)  # type: ignore[no-untyped-call]
-    ops._library.impl("grouped_linear_4bit", grouped, key)  # type: ignore[no-untyped-call]
+    return kernel
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+ops.library.impl("linear_4bit", partial(_linear_4bit, None), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+for _op in OPERATIONS.values():
+    if _op.transposed is None:
+        continue
+    _kernel = _linear_4bit if _op is _LINEAR else _differentiable(_op)
+    ops.library.impl(_op.name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+    for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")) if _op.autocast else ():
+        _keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+        ops.library.impl(_op.name, _autocast(_op, _type, _keys), _key)  # type: ignore[no-untyped-call]

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-API_VERSION = 1
+from fourbit import numerics
+from fourbit.operations import OPERATIONS
+from fourbit.weight import Weight
+
+API_VERSION = 2
 """Version of this contract. Raised when a signature or a meaning below changes."""
 
-OPS: tuple[str, ...] = (
-    "quantize_4bit",
-    "dequantize_4bit",
-    "linear_4bit",
-    "linear_4bit_grad",
-    "embedding_4bit",
-    "grouped_linear_4bit",
-    "grouped_linear_4bit_grad",
-    "quantize_blockwise",
-    "dequantize_blockwise",
-)
+API_CHANGE = "since version 2 an op takes its weight as one fourbit.weight.Weight, and OpQuery.double_quant is `nested`"
+"""What a backend that was written for the version before has to change."""
+
+OPS: tuple[str, ...] = tuple(name for name, op in OPERATIONS.items() if op.method)
 """Names of the ops, each a method of Backend and (under torch.ops.fourbit) a torch op."""
+
+COMPOSITIONS: dict[str, str] = {name: op.composition for name, op in OPERATIONS.items() if op.composition}
+"""What runs where a backend does not override an op."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class OpQuery:
         dtype: of the floating-point side: of w or x for the quantizing and linear ops, of the result for
             the dequantizing ones and the embedding.
         blocksize: elements that share a scale: a power of two from 32 to 4096.
-        double_quant: whether the scales come as 8-bit codes with nested scales, to be decoded inside the op.
+        nested: whether the scales come as 8-bit codes with nested scales, to be decoded inside the op.
     """
 
     op: str
     device: torch.device
     dtype: torch.dtype
     blocksize: int
-    double_quant: bool = False
+    nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,8 @@ class Backend:
     """How the ops run on one kind of device.
 
     What every op method may rely on: all tensors lie on one device and are contiguous, sizes and dtypes have
-    been checked, and `supports` has said yes. `w` and `x` are float32, bfloat16 or float16. A 4-bit weight of
-    n elements is
-
-    - `packed`: uint8, ceil(n/2) bytes in any shape; element 2i in the high nibble of byte i.
-    - `absmax`: the scales, float32 with ceil(n/blocksize) elements in any shape. If `nested_absmax` is given
-      they are uint8 codes instead, and scale i is
-      `nested_code[absmax[i]] * nested_absmax[i // 256] + nested_offset`, in float32, the product rounded
-      before the sum (no fused multiply-add).
-    - `code`: float32 [16], the codebook.
+    been checked, and `supports` has said yes. `w` and `x` are float32, bfloat16 or float16. A 4-bit weight comes as
+    one `Weight`, whose docstring says how elements, codes and scales are laid out.
 
     Results have the same bits on every backend for the quantizing and dequantizing ops and the embedding.
     """
@@ -150,154 +143,70 @@ class Backend:
         """
         raise NotImplementedError(f"backend {self.name!r} does not implement quantize_4bit")
 
-    def dequantize_4bit(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
-    ) -> Tensor:
+    def dequantize_4bit(self, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The weight as a tensor of `shape` and `dtype`: code value times scale in float32, rounded once."""
         raise NotImplementedError(f"backend {self.name!r} does not implement dequantize_4bit")
 
     # ---- composed of the two above unless overridden -----------------------------------------------
 
-    def linear_4bit(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        out_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
+    def linear_4bit(self, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None = None) -> Tensor:
         """x [..., K] times the transposed weight [out_features, K], plus bias [out_features], in x's dtype."""
-        w = self.dequantize_4bit(
-            *(packed, absmax, code, blocksize, (out_features, x.shape[-1]), x.dtype),
-            *(nested_absmax, nested_code, nested_offset),
-        )
-        return functional.linear(x, w, bias)
+        return functional.linear(x, self.dequantize_4bit(weight, (out_features, x.shape[-1]), x.dtype), bias)
 
-    def linear_4bit_grad(
-        self,
-        grad: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        in_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
-    ) -> Tensor:
+    def linear_4bit_grad(self, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
         """Gradient of `linear_4bit` for x: grad [..., N] times the weight [N, in_features], in grad's dtype."""
-        w = self.dequantize_4bit(
-            *(packed, absmax, code, blocksize, (grad.shape[-1], in_features), grad.dtype),
-            *(nested_absmax, nested_code, nested_offset),
-        )
-        return grad @ w
+        return grad @ self.dequantize_4bit(weight, (grad.shape[-1], in_features), grad.dtype)
 
     def embedding_4bit(
-        self,
-        ids: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
+        self, ids: Tensor, weight: Weight, num_embeddings: int, embedding_dim: int, dtype: torch.dtype
     ) -> Tensor:
         """Rows `ids` (int32 or int64, any shape) of the weight [num_embeddings, embedding_dim].
 
         Result [*ids.shape, embedding_dim] in `dtype`, equal to those rows of `dequantize_4bit` bit for bit.
         An id out of range raises IndexError (or the device's assertion), never reads elsewhere.
         """
-        w = self.dequantize_4bit(
-            *(packed, absmax, code, blocksize, (num_embeddings, embedding_dim), dtype),
-            *(nested_absmax, nested_code, nested_offset),
-        )
-        return functional.embedding(ids, w)
+        return functional.embedding(ids, self.dequantize_4bit(weight, (num_embeddings, embedding_dim), dtype))
 
-    def grouped_linear_4bit(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        out_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
-    ) -> Tensor:
+    def grouped_linear_4bit(self, x: Tensor, offsets: Tensor, weight: Weight, out_features: int) -> Tensor:
         """Expert weights [E, out_features, K] applied to the rows of x [T, K], sorted by expert.
 
         `offsets` (int32 or int64 [E]): expert e takes the rows from offsets[e-1] (0 for the first) to
         offsets[e]; rows from offsets[-1] on give zeros. Result [T, out_features] in x's dtype.
         """
-        from fourbit import grouped
+        return self._by_expert(x, offsets, weight, out_features, transpose=True)
 
-        weight = (packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
-        return grouped.apply_experts(self, x, offsets, weight, out_features, transpose=True)
-
-    def grouped_linear_4bit_grad(
-        self,
-        grad: Tensor,
-        offsets: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        code: Tensor,
-        blocksize: int,
-        in_features: int,
-        nested_absmax: Tensor | None = None,
-        nested_code: Tensor | None = None,
-        nested_offset: Tensor | None = None,
-    ) -> Tensor:
+    def grouped_linear_4bit_grad(self, grad: Tensor, offsets: Tensor, weight: Weight, in_features: int) -> Tensor:
         """Gradient of `grouped_linear_4bit` for x: grad [T, N] to [T, in_features]."""
-        from fourbit import grouped
+        return self._by_expert(grad, offsets, weight, in_features, transpose=False)
 
-        weight = (packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
-        return grouped.apply_experts(self, grad, offsets, weight, in_features, transpose=False)
+    def _by_expert(self, x: Tensor, offsets: Tensor, weight: Weight, width: int, *, transpose: bool) -> Tensor:
+        """Each expert's rows of x times its weight (transposed or not), by the backend's own linear ops."""
+        out = x.new_zeros(x.shape[0], width)
+        n, k = (width, x.shape[-1]) if transpose else (x.shape[-1], width)
+        start = 0
+        for expert, end in enumerate(offsets.tolist()):
+            if end > start:
+                rows, part = x[start:end], weight.expert(expert, n * k)
+                if part is None:  # blocks run from one expert into the next
+                    row = torch.tensor([expert], device=x.device)
+                    w = self.embedding_4bit(row, weight, offsets.numel(), n * k, x.dtype).view(n, k)
+                    out[start:end] = rows @ (w.T if transpose else w)
+                elif transpose:
+                    out[start:end] = self.linear_4bit(rows, part, n)
+                else:
+                    out[start:end] = self.linear_4bit_grad(rows, part, k)
+            start = max(start, end)
+        return out
 
     def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         """Quantize x to 8 bits: `(codes, absmax)`, codes uint8 in x's shape, absmax float32 [ceil(n/blocksize)].
 
         As `quantize_4bit`, with a code of float32 [256] and one element a byte. Used for the scales.
         """
-        from fourbit import reference
-
-        return reference.quantize_blockwise(x, code, blocksize)
+        return numerics.quantize_blockwise(x, code, blocksize)
 
     def dequantize_blockwise(
         self, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor:
         """`code[codes] * absmax` of each block in float32, rounded once to `dtype`; in the shape of `codes`."""
-        from fourbit import reference
-
-        return reference.dequantize_blockwise(codes, absmax, code, blocksize, dtype)
-
-
-COMPOSITIONS: dict[str, str] = {
-    "linear_4bit": "dequantize_4bit, then torch's linear",
-    "linear_4bit_grad": "dequantize_4bit, then torch's matmul",
-    "embedding_4bit": "dequantize_4bit, then torch's embedding",
-    "grouped_linear_4bit": "dequantize_4bit and torch's matmul, expert by expert",
-    "grouped_linear_4bit_grad": "dequantize_4bit and torch's matmul, expert by expert",
-    "quantize_blockwise": "the reference's plain torch",
-    "dequantize_blockwise": "the reference's plain torch",
-}
-"""What runs where a backend does not override an op."""
+        return numerics.dequantize_blockwise(codes, absmax, code, blocksize, dtype)

@@ -7,13 +7,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fourbit.double_quant import NESTED_BLOCKSIZE
-
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
-
-Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""nested_absmax, nested_code, nested_offset: all given, or all None."""
 
 
 def blocksize(op: str, value: object) -> None:
@@ -87,49 +82,6 @@ def group_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
             raise ValueError(f"{op}: offsets must rise from 0 to at most {x.shape[0]} rows, got {offsets.tolist()}")
 
 
-def weight(
-    op: str,
-    packed: Tensor,
-    absmax: Tensor,
-    table: Tensor,
-    size: int,
-    count: int,
-    nested: Nested,
-    device: torch.device,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Nested]:
-    """A packed weight of `count` elements on `device` with blocksize `size`; returned contiguous, and `nested` too."""
-    if packed.numel() != (count + 1) // 2 or packed.dtype is not torch.uint8:
-        _wrong_packed(op, packed, count)
-    if packed.device != device:
-        wrong_device(op, "packed", packed, device)
-    scales(op, absmax, table, size, count, nested, device)
-    a, b, c = nested
-    return (_contiguous(packed), _contiguous(absmax), _contiguous(table)), (
-        nested if a is None or b is None or c is None else (_contiguous(a), _contiguous(b), _contiguous(c))
-    )
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def scales(op: str, absmax: Tensor, table: Tensor, size: int, count: int, nested: Nested, device: torch.device) -> None:
-    """The scales and the codebook of a weight of `count` elements on `device` with blocksize `size`."""
-    if size & (size - 1) or not MIN_BLOCKSIZE <= size <= MAX_BLOCKSIZE:
-        blocksize(op, size)
-    blocks = -(-count // size)
-    if absmax.numel() != blocks or absmax.dtype is not (torch.float32 if nested[0] is None else torch.uint8):
-        _wrong_absmax(op, absmax, blocks, nested[0] is not None, count, size)
-    if absmax.device != device:
-        wrong_device(op, "absmax", absmax, device)
-    if table.numel() != 16 or table.dtype is not torch.float32 or table.device != device:
-        code(op, table, 16, device)
-    if nested[0] is not None:
-        _check_nested(op, nested, blocks, device)
-    elif nested[1] is not None or nested[2] is not None:
-        raise ValueError(f"{op}: nested_code or nested_offset is given without nested_absmax")
-
-
 def blockwise(op: str, codes: Tensor, absmax: Tensor, table: Tensor, size: int) -> None:
     """The arguments of `dequantize_blockwise`."""
     blocksize(op, size)
@@ -137,46 +89,21 @@ def blockwise(op: str, codes: Tensor, absmax: Tensor, table: Tensor, size: int) 
         raise TypeError(f"{op}: codes must be uint8, got {codes.dtype}")
     blocks = -(-codes.numel() // size)
     if absmax.dtype != torch.float32 or absmax.numel() != blocks:
-        _wrong_absmax(op, absmax, blocks, False, codes.numel(), size)
+        wrong_absmax(op, absmax, blocks, False, codes.numel(), size)
     if absmax.device != codes.device:
         wrong_device(op, "absmax", absmax, codes.device)
     code(op, table, 256, codes.device)
 
 
-def _check_nested(op: str, nested: Nested, blocks: int, device: torch.device) -> None:
-    absmax, table, offset = nested
-    assert absmax is not None
-    if table is None or offset is None:
-        raise ValueError(f"{op}: nested_absmax is given without nested_code and nested_offset")
-    want = -(-blocks // NESTED_BLOCKSIZE)
-    for name, tensor, size in (
-        ("nested_absmax", absmax, want),
-        ("nested_code", table, 256),
-        ("nested_offset", offset, 1),
-    ):
-        if tensor.dtype is not torch.float32 or tensor.numel() != size:
-            raise ValueError(
-                f"{op}: {name} must be float32 with {size} elements, got {tensor.dtype} {list(tensor.shape)}"
-            )
-        if tensor.device != device:
-            wrong_device(op, name, tensor, device)
+def wrong_device(op: str, name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+    """Raise the ValueError for `tensor`, which is not on `device` as the other arguments are."""
+    raise ValueError(f"{op}: {name} is on {tensor.device} and the rest is on {device}; move one of them")
 
 
-def _wrong_packed(op: str, packed: Tensor, count: int) -> NoReturn:
-    raise ValueError(
-        f"{op}: packed must be uint8 with {(count + 1) // 2} bytes for {count} elements,"
-        f" got {packed.dtype} {list(packed.shape)} ({packed.numel()} elements)"
-    )
-
-
-def _wrong_absmax(op: str, absmax: Tensor, blocks: int, nested: bool, count: int, size: int) -> NoReturn:
+def wrong_absmax(op: str, absmax: Tensor, blocks: int, nested: bool, count: int, size: int) -> NoReturn:
+    """Raise the ValueError for scales that do not fit `count` elements in blocks of `size`."""
     kind = "uint8 (double-quantized)" if nested else "float32"
     raise ValueError(
         f"{op}: absmax must be {kind} with {blocks} scales for {count} elements in blocks of {size},"
         f" got {absmax.dtype} {list(absmax.shape)}"
     )
-
-
-def wrong_device(op: str, name: str, tensor: Tensor, device: torch.device) -> NoReturn:
-    """Raise the ValueError for `tensor`, which is not on `device` as the other arguments are."""
-    raise ValueError(f"{op}: {name} is on {tensor.device} and the rest is on {device}; move one of them")

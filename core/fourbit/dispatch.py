@@ -16,19 +16,18 @@ from typing import Any
 import torch
 
 from fourbit import isolation, registry
-from fourbit.backend import OPS, SUPPORTED, Backend, OpQuery, Support
+from fourbit.backend import SUPPORTED, Backend, OpQuery, Support
 from fourbit.isolation import Fault, Registered
-from fourbit.registry import Forced, Key, NoBackendError, Resolution, State
-
-_COMPOSED_OF_DEQUANTIZE = tuple(op for op in OPS if op.startswith(("linear", "embedding", "grouped")))
+from fourbit.operations import OPERATIONS, Key
+from fourbit.registry import Forced, NoBackendError, Resolution, State
 
 
 def miss(op: str, key: Key) -> Callable[..., Any]:
     """Fill the dispatch table for a key that is not in it; returns the method."""
     registry.load_plugins()
     now = registry.state
-    device, dtype, blocksize, double_quant = key
-    run = _resolve_in(now, OpQuery(op, device, dtype, blocksize, double_quant)).run
+    device, dtype, blocksize, nested = key
+    run = _resolve_in(now, OpQuery(op, device, dtype, blocksize, nested)).run
     now.tables[op][key] = run  # the table of the state that was asked: no later one
     return run
 
@@ -94,17 +93,17 @@ def _ask(entry: Registered, query: OpQuery) -> Support:
         return Support.no(f"serves {', '.join(entry.device_types)}, not {query.device.type}")
     try:
         inherited = isolation.inherits(entry, query.op)
-        if inherited and query.op in ("quantize_4bit", "dequantize_4bit"):
+        if inherited and OPERATIONS[query.op].composition is None:
             return Support.no("does not implement it")
         answer = isolation.supports(entry, query)
     except Fault as fault:
         registry.warn(f"backend {entry.name!r}: {str(fault).removeprefix('its ')}; taken as a no")
         return Support.no(str(fault))
-    if not answer or not inherited or query.op not in _COMPOSED_OF_DEQUANTIZE:
+    needs = OPERATIONS[query.op].needs if inherited else None
+    if not answer or needs is None:
         return answer
-    # an inherited composition needs the op that it is composed of
-    below = _ask(entry, replace(query, op="dequantize_4bit"))
-    return SUPPORTED if below else Support.no(f"composed of dequantize_4bit, which it does not support: {below.reason}")
+    below = _ask(entry, replace(query, op=needs))
+    return SUPPORTED if below else Support.no(f"composed of {needs}, which it does not support: {below.reason}")
 
 
 def describe(found: Resolution, shape: Sequence[int]) -> str:
@@ -183,5 +182,5 @@ def _end(block: Forced) -> None:
 def format_query(query: OpQuery) -> str:
     """`query` in words."""
     dtype = str(query.dtype).removeprefix("torch.")
-    nested = ", double-quantized" if query.double_quant else ""
+    nested = ", double-quantized" if query.nested else ""
     return f"{query.op} on {query.device} ({dtype}, blocksize {query.blocksize}{nested})"

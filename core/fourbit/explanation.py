@@ -19,7 +19,7 @@ class Explanation:
     """The answer of `fourbit.explain`; `print` it, or use its fields.
 
     Attributes:
-        op: the op that was asked about; its device, dtype, blocksize and double_quant are in `query`.
+        op: the op that was asked about; its device, dtype, blocksize and nesting are in `query`.
         backend: the backend that runs it; None if none does.
         path: how, in the backend's own words.
         rejected: `(backend, reason)` of those asked before it.
@@ -46,7 +46,7 @@ class Explanation:
             "device": str(self.query.device),
             "dtype": str(self.query.dtype).removeprefix("torch."),
             "blocksize": self.query.blocksize,
-            "double_quant": self.query.double_quant,
+            "double_quant": self.query.nested,
             "backend": self.backend,
             "path": self.path,
             "rejected": [{"backend": name, "reason": reason} for name, reason in self.rejected],

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fourbit.backend import API_VERSION, OPS, Backend, OpQuery, Support
+from fourbit.backend import API_CHANGE, API_VERSION, OPS, Backend, OpQuery, Support
 from fourbit.checks import MAX_BLOCKSIZE, MIN_BLOCKSIZE
 
 T = TypeVar("T")
@@ -124,7 +124,10 @@ def _examine(backend: object, source: str) -> Registered:
     version = read("api_version")
     if type(version) is not int or version != API_VERSION:
         shown = version if isinstance(version, str) else show(version)
-        raise Fault(f"it is written for backend API version {shown}, and this fourbit has version {API_VERSION}")
+        change = f"; {API_CHANGE}" if version == API_VERSION - 1 else ""
+        raise Fault(
+            f"it is written for backend API version {shown}, and this fourbit has version {API_VERSION}{change}"
+        )
     name = read("name")
     if type(name) is not str or not _NAME.fullmatch(name):
         raise Fault(f"its name {show(name)} is not a lower-case word")

@@ -19,6 +19,7 @@ import torch
 from fourbit import isolation
 from fourbit.backend import OPS, Backend, OpQuery
 from fourbit.isolation import Fault, Registered
+from fourbit.operations import Key
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -89,9 +90,6 @@ class Forced:
     name: str
 
 
-Key = tuple[torch.device, torch.dtype, int, bool]
-
-
 @dataclass(frozen=True)
 class State:
     """All that is known at one moment.
@@ -101,7 +99,7 @@ class State:
         entries: the ready backends, in the order in which they are asked.
         infos: of every backend that was found.
         forced: the `use_backend` blocks in force, the innermost last.
-        tables: of each op the dispatch table: (device, dtype, blocksize, double_quant) to the method that runs it.
+        tables: of each op the dispatch table: (device, dtype, blocksize, nested) to the method that runs it.
         resolutions, blocksizes: what else was worked out from the fields above.
     """
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit import checks, codebooks
-from fourbit.double_quant import NESTED_BLOCKSIZE, decode_scales
+from fourbit import checks, codebooks, scales
+from fourbit.scales import NESTED_BLOCKSIZE
+from fourbit.weight import Weight, check_scales
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -84,9 +85,12 @@ class QuantState:
         count = self.numel
         if count < 1:
             raise ValueError(f"QuantState: shape {list(self.shape)} has no elements")
+        check_scales("QuantState", count, self.device, *self.weight(self.absmax)[1:])
+
+    def weight(self, packed: Tensor) -> Weight:
+        """`packed` with these scales, as backends take it."""
         nested = (self.nested_absmax, self.nested_code, self.nested_offset)
-        device = self.absmax.device
-        checks.scales("QuantState", self.absmax, self.code, self.blocksize, count, nested, device)
+        return tuple.__new__(Weight, (packed, self.absmax, self.code, self.blocksize, *nested))
 
     @property
     def numel(self) -> int:
@@ -115,10 +119,7 @@ class QuantState:
 
     def scales(self) -> Tensor:
         """The scales as float32 [b], decoded if they are double-quantized."""
-        if self.nested_absmax is None:
-            return self.absmax
-        assert self.nested_code is not None and self.nested_offset is not None
-        return decode_scales(self.absmax, self.nested_absmax, self.nested_code, self.nested_offset)
+        return scales.decode(self.absmax, self.nested_absmax, self.nested_code, self.nested_offset)
 
     def to(self, device: torch.device | str) -> QuantState:
         """The same state with its tensors on `device`."""

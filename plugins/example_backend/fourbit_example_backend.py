@@ -8,14 +8,14 @@ from torch.nn.functional import pad
 
 from fourbit.backend import SUPPORTED, Backend, OpQuery, Support
 from fourbit.codebooks import thresholds
-from fourbit.double_quant import decode_scales
 from fourbit.hookspecs import hookimpl
+from fourbit.weight import Weight
 
 
 class ExampleBackend(Backend):
     """The two required ops; the base class composes the rest of them."""
 
-    api_version = 1
+    api_version = 2
     name = "example"
     device_types = ("cpu",)
     priority = -10  # below the reference's 0: runs only where it is asked for by name
@@ -42,17 +42,11 @@ class ExampleBackend(Backend):
         nibbles = codes[torch.bucketize(normalized, edges)].view(-1)[: count + count % 2]
         return ((nibbles[0::2] << 4) | nibbles[1::2]).view(-1, 1), absmax
 
-    def dequantize_4bit(
-        self, packed: Tensor, absmax: Tensor, code: Tensor, blocksize: int, shape: Sequence[int], dtype: torch.dtype,
-        nested_absmax: Tensor | None = None, nested_code: Tensor | None = None, nested_offset: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        count = torch.Size(shape).numel()
-        absmax, packed = absmax.reshape(-1), packed.reshape(-1)
-        if nested_absmax is not None:
-            absmax = decode_scales(absmax, nested_absmax, nested_code, nested_offset)
+    def dequantize_4bit(self, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count, packed = torch.Size(shape).numel(), weight.packed.reshape(-1)
         nibbles = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:count]
-        scales = absmax.repeat_interleave(blocksize)[:count]
-        return (code[nibbles.int()] * scales).to(dtype).view(tuple(shape))
+        scales = weight.scales().reshape(-1).repeat_interleave(weight.blocksize)[:count]
+        return (weight.code[nibbles.int()] * scales).to(dtype).view(tuple(shape))
 
 
 @hookimpl

@@ -27,12 +27,12 @@ def load():
 
 @pytest.fixture(scope="module")
 def targets(load):
-    return load("targets")
+    return load("peers.targets")
 
 
 @pytest.fixture(scope="module")
 def timing(load):
-    return load("benchmarks.timing")
+    return load("harness.timing")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_contenders_take_turns_and_rotate_their_copies(timing):
 
 
 def test_rows_give_ratios_and_verdicts(load, targets, timing):
-    cpu = load("peers_cpu")
+    cpu = load("peers.cpu")
     times = {
         name: timing.Times.of([value]) for name, value in {"fourbit": 2.0, "torch bf16": 14.0, "read": 1.0}.items()
     }
@@ -112,7 +112,7 @@ def test_rows_give_ratios_and_verdicts(load, targets, timing):
 
 
 def test_command_line(load, capsys):
-    peers = load("peers")
+    peers = load("peers.__main__")
     options = peers.arguments(["cpu", "--shapes", "64x128,32x64", "--m", "1,4", "--threads", "2", "--dtype", "bf16"])
     assert (options.shapes, options.m, options.threads, options.dtype) == (
         ((64, 128), (32, 64)),
@@ -131,8 +131,8 @@ def test_command_line(load, capsys):
 def test_every_contender_is_checked_before_it_is_timed(load):
     import torch
 
-    contenders = load("peers_contenders")
-    weights = contenders.Weights((256, 128), None)
+    contenders = load("peers.contenders")
+    weights = contenders.CpuWeights((256, 128), None)
     x = torch.randn(4, 128)
     calls = {name: found[:1] for name, found in contenders.linear_calls(weights, x).items()}
     contenders.check(calls, weights, x, "fp32")
@@ -141,5 +141,5 @@ def test_every_contender_is_checked_before_it_is_timed(load):
 
 
 def test_what_others_use_is_not_negative(load):
-    share = load("benchmarks.others").Others().share()
+    share = load("harness.others").Others().share()
     assert share is None or share >= 0

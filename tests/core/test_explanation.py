@@ -13,7 +13,7 @@ from fourbit.nn import Embedding4bit, Linear4bit
 class Picky(Backend):
     """Takes float32 linears alone."""
 
-    api_version = 1
+    api_version = 2
     name = "picky"
     device_types = ("cpu",)
 
@@ -48,7 +48,7 @@ def picky():
 def test_a_layer_is_explained_with_the_reasons(picky):
     layer = Linear4bit.from_linear(nn.Linear(64, 64), fourbit.QuantConfig(double_quant=True))
     answer = fourbit.explain(layer)
-    assert (answer.op, answer.backend, answer.query.double_quant) == ("linear_4bit", "picky", True)
+    assert (answer.op, answer.backend, answer.query.nested) == ("linear_4bit", "picky", True)
     assert "composed: dequantize_4bit" in answer.path
     layer(torch.randn(1, 64))
     assert picky.calls == 1

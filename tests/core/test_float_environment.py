@@ -14,9 +14,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fourbit
-from fourbit import double_quant, float_environment, grouped
+from fourbit import float_environment, scales
 from fourbit.backend import OPS
 from fourbit.testing.inputs import normal
+from fourbit.weight import Weight
 from tests.support import skip_or_fail
 
 TINY = 2.0**-127
@@ -141,12 +142,12 @@ def test_the_reference_decodes_the_same_weight_for_its_products():
 
 
 def test_double_quantized_scales():
-    scales = (normal(1 << 17).abs() * TINY).contiguous()
-    codes, nested_absmax, code, offset = torch.ops.fourbit.double_quantize(scales, fourbit.codebooks.dynamic_map())
-    check("flush", lambda: double_quant.decode_scales(codes, nested_absmax, code, offset), "decode_scales")
+    values = (normal(1 << 17).abs() * TINY).contiguous()
+    codes, nested_absmax, code, offset = torch.ops.fourbit.double_quantize(values, fourbit.codebooks.dynamic_map())
+    check("flush", lambda: scales.decode(codes, nested_absmax, code, offset), "decode")
     packed = torch.zeros((1 << 17) * 32, dtype=torch.uint8)
-    weight = (packed, codes, fourbit.codebooks.get("nf4").tensor(), 64, nested_absmax, code, offset)
-    check("flush", lambda: grouped.slice_expert(weight, 0, 64 << 17)[1], "slice_expert")
+    weight = Weight(packed, codes, fourbit.codebooks.get("nf4").tensor(), 64, nested_absmax, code, offset)
+    check("flush", lambda: weight.expert(0, 64 << 17).absmax, "expert")
 
 
 def test_the_setting_is_the_callers_again_afterwards():

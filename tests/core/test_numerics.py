@@ -8,7 +8,8 @@ import torch
 
 import fourbit
 from fourbit.codebooks import FP4, NF4, Codebook, thresholds
-from fourbit.reference import CHUNK, ReferenceBackend, nearest
+from fourbit.numerics import CHUNK, nearest
+from fourbit.reference import ReferenceBackend
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NF4_ERRORS = (0.067746, 0.072798, 0.076831, 0.080337, 0.083547, 0.086610, 0.089592, 0.092547)
@@ -178,7 +179,7 @@ def test_chunks_change_nothing(monkeypatch):
     """More elements than one chunk, the last of them ragged: the same bits as in one go."""
     w = randn(3 * 4096 + 77, seed=4)
     whole = fourbit.quantize_4bit(w, blocksize=64)
-    monkeypatch.setattr("fourbit.reference.CHUNK", 4096)
+    monkeypatch.setattr("fourbit.numerics.CHUNK", 4096)
     packed, state = fourbit.quantize_4bit(w, blocksize=64)
     assert torch.equal(packed, whole[0]) and torch.equal(state.absmax, whole[1].absmax)
     assert torch.equal(fourbit.dequantize_4bit(packed, state), fourbit.dequantize_4bit(*whole))

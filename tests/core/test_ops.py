@@ -9,7 +9,7 @@ import torch
 
 import fourbit
 from fourbit import registry
-from fourbit.ops import SCHEMAS
+from fourbit.operations import OPERATIONS
 from fourbit.testing.oracle import assert_product
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +65,7 @@ def test_any_shape_of_packed_and_scales(weight):
 
 
 def test_a_large_weight_is_worked_on_in_chunks(monkeypatch):
-    monkeypatch.setattr("fourbit.reference.CHUNK", 1024)
+    monkeypatch.setattr("fourbit.numerics.CHUNK", 1024)
     packed, state = fourbit.quantize_4bit(randn(50, 63), blocksize=64)  # blocks run across rows
     w = fourbit.dequantize_4bit(packed, state)
     x = randn(3, 63, seed=4).requires_grad_()
@@ -232,7 +232,7 @@ def test_the_first_non_finite_element_is_named():
 
 
 def test_ops_are_known_to_torch_and_to_the_registry():
-    for name in SCHEMAS:
+    for name in OPERATIONS:
         op = getattr(torch.ops.fourbit, name).default
         assert torch.Tag.pt2_compliant_tag in op.tags
-    assert set(SCHEMAS) - {"double_quantize"} == set(registry.state.tables)
+    assert set(OPERATIONS) - {"double_quantize"} == set(registry.state.tables)

@@ -73,7 +73,11 @@ def test_register_takes_a_class_too():
 @pytest.mark.parametrize(
     ("backend", "reason"),
     (
-        (make(api_version=7), "API version 7, and this fourbit has version 1"),
+        (make(api_version=7), "API version 7, and this fourbit has version 2"),
+        (
+            make(api_version=1),
+            "version 1, and this fourbit has version 2; since version 2 an op takes its weight as one",
+        ),
         (make(api_version="1"), "API version 1, and"),
         (make(name="Bad Name"), "its name 'Bad Name' is not a lower-case word"),
         (make(name=None), "its name None"),
@@ -129,7 +133,7 @@ def test_a_method_that_raises_while_it_is_registered(method):
 
 def test_highest_priority_that_supports_it_wins():
     def declines_nested(self: Backend, query: OpQuery) -> Support:
-        return Support.no("no nested scales here") if query.double_quant else Support(True)
+        return Support.no("no nested scales here") if query.nested else Support(True)
 
     registry.register(make(name="high", priority=90, supports=declines_nested))
     registry.register(make(name="low", priority=10))
@@ -164,7 +168,7 @@ def test_composed_ops_need_dequantize():
     """A backend that cannot dequantize has no linear_4bit either, though its `supports` says yes to all."""
 
     class QuantizesOnly(Backend):
-        api_version, name, device_types, priority = 1, "half", ("cpu",), 90
+        api_version, name, device_types, priority = 2, "half", ("cpu",), 90
         quantize_4bit = ReferenceBackend.quantize_4bit
 
     registry.register(QuantizesOnly())

@@ -179,7 +179,7 @@ def test_broken_plugin(all_broken, fault):
     ((category, message),) = [warning for warning in all_broken.warnings if distribution in warning[1]]
     assert category == "BackendWarning" and reason in message
     if fault == "wrong API version":
-        assert "version 9" in message and "this fourbit has version 1" in message
+        assert "version 9" in message and "this fourbit has version 2" in message
 
 
 def test_nothing_else_is_broken(all_broken):

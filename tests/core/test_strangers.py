@@ -104,7 +104,7 @@ SOURCE = "registered by the program"
 def test_an_object_that_claims_to_be_a_backend(capsys):
     class Claims:
         __class__ = Backend
-        name, priority, device_types, api_version = "fake", 90, ("cpu",), 1
+        name, priority, device_types, api_version = "fake", 90, ("cpu",), 2
 
     with pytest.warns(fourbit.BackendWarning, match="not an instance of fourbit.backend.Backend but of Claims"):
         registry.register(Claims())

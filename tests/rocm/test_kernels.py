@@ -112,7 +112,7 @@ def test_dequantize(arch, dtype, blocksize, double_quant, on):
     backend = on(arch)
     for count in RAGGED + (8 * 256 * 4 + 3,):
         weight = make_weight(count, blocksize=blocksize, double_quant=double_quant, values=values(count, torch.float32))
-        args = (*weight.args("cpu"), (count,), dtype, *weight.nested)
+        args = (weight.weight(), (count,), dtype)
         assert_same_bits(backend.dequantize_4bit(*args), REFERENCE.dequantize_4bit(*args), f"{count} values")
 
 
@@ -122,7 +122,7 @@ def test_embedding(arch, dtype, on):
     for dim, double_quant in ((64, False), (70, True), (8, False)):
         weight = make_weight(23, dim, blocksize=64, double_quant=double_quant)
         ids = torch.tensor([[3, 0, 22], [7, 7, 1]])
-        args = (*weight.args("cpu"), 23, dim, dtype, *weight.nested)
+        args = (weight.weight(), 23, dim, dtype)
         for each in (ids, ids.int()):
             assert_same_bits(backend.embedding_4bit(each, *args), REFERENCE.embedding_4bit(each, *args), f"{dim}")
 
@@ -143,8 +143,7 @@ def test_blockwise(arch, dtype, on):
 def check_linear(backend, dtype, m, n, k, blocksize, double_quant, bias=True):
     weight = make_weight(n, k, blocksize=blocksize, double_quant=double_quant, seed=m)
     x, b = normal(m, k, seed=n).to(dtype), normal(n).to(dtype) if bias else None
-    nested = weight.nested or (None, None, None)
-    y = backend.linear_4bit(x, *weight.args("cpu"), n, *nested, b)
+    y = backend.linear_4bit(x, weight.weight(), n, b)
     assert_product(y, x, weight.dense().T, dtype, b)
     return backend.emulator.launches[-1][0]
 
@@ -202,7 +201,7 @@ def test_gradient(arch, dtype, on):
     for n, k, double_quant in ((24, 72, False), (17, 130, True)):
         weight = make_weight(n, k, blocksize=64, double_quant=double_quant)
         grad = normal(3, n).to(dtype)
-        result = backend.linear_4bit_grad(grad, *weight.args("cpu"), k, *(weight.nested or (None, None, None)))
+        result = backend.linear_4bit_grad(grad, weight.weight(), k)
         assert_product(result, grad, weight.dense(), dtype)
 
 
@@ -217,7 +216,7 @@ def test_large_products_come_in_pieces(arch, on):
     weight = make_weight(n, k, blocksize=64)
     x = normal(150, k)
     before = len(backend.emulator.launches)
-    y = backend.linear_4bit(x, *weight.args("cpu"), n)
+    y = backend.linear_4bit(x, weight.weight(), n)
     assert len(backend.emulator.launches) - before > 1
     assert_product(y, x, weight.dense().T, torch.float32)
 
@@ -230,11 +229,11 @@ def test_tensors_at_odd_addresses(arch, on):
     assert_quantizes(backend, w, book, 64)
     weight = make_weight(32, 64)
     shifted = torch.cat([weight.packed.view(-1)[:1], weight.packed.view(-1)])[1:]
-    args = (shifted, weight.absmax, book.tensor(), 64)
-    want = REFERENCE.dequantize_4bit(*weight.args("cpu"), (32, 64), torch.float16)
-    assert_same_bits(backend.dequantize_4bit(*args, (32, 64), torch.float16), want, "from an odd address")
+    odd = weight.weight()._replace(packed=shifted)
+    want = REFERENCE.dequantize_4bit(weight.weight(), (32, 64), torch.float16)
+    assert_same_bits(backend.dequantize_4bit(odd, (32, 64), torch.float16), want, "from an odd address")
     x = normal(2, 65).half().view(-1)[1:129].view(2, 64)
-    assert_product(backend.linear_4bit(x, *args, 32), x, weight.dense().T, torch.float16)
+    assert_product(backend.linear_4bit(x, odd, 32), x, weight.dense().T, torch.float16)
 
 
 @pytest.mark.parametrize("arch", BOTH_WAVES)
@@ -255,11 +254,11 @@ def test_the_order_of_waves_does_not_matter(arch, seed, on):
 
 def test_nested_scales_made_on_the_device(on):
     """Double quantization itself, through quantize_blockwise."""
-    from fourbit import double_quant
+    from fourbit import scales
 
     backend, absmax = on("gfx90a"), values(700, torch.float32).abs()
     for got, want in zip(
-        double_quant.encode_scales(absmax, dynamic_map(), backend.quantize_blockwise),
+        scales.DOUBLE.encode(absmax, dynamic_map(), backend.quantize_blockwise),
         nested_scales(absmax),
         strict=True,
     ):

@@ -24,7 +24,7 @@ def quantize(blocksize: int, count: int, dtype: torch.dtype = torch.float32) -> 
 
 def dequantize(backend: object) -> None:
     weight = make_weight(4099, blocksize=64, double_quant=True)
-    args = (*weight.args("cpu"), (4099,), torch.float32, *weight.nested)
+    args = (weight.weight(), (4099,), torch.float32)
     assert_same_bits(backend.dequantize_4bit(*args), REFERENCE.dequantize_4bit(*args), "values")
 
 
@@ -38,7 +38,7 @@ def blockwise(backend: object) -> None:
 
 def embedding(backend: object) -> None:
     weight = make_weight(23, 70, blocksize=64)
-    ids, args = torch.tensor([3, 22, 0]), (*weight.args("cpu"), 23, 70, torch.float16)
+    ids, args = torch.tensor([3, 22, 0]), (weight.weight(), 23, 70, torch.float16)
     assert_same_bits(backend.embedding_4bit(ids, *args), REFERENCE.embedding_4bit(ids, *args), "rows")
 
 

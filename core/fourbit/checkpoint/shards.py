@@ -15,7 +15,7 @@ import torch
 from fourbit import codebooks
 from fourbit.checkpoint import layout
 from fourbit.checkpoint.reader import DTYPE_NAMES, META_MARK, TensorInfo
-from fourbit.double_quant import NESTED_BLOCKSIZE
+from fourbit.scales import NESTED_BLOCKSIZE
 from fourbit.state import QuantState
 
 ALIGN = 8

@@ -110,7 +110,7 @@ def describe(found: Any) -> dict[str, Any]:
         "device": str(query.device),
         "dtype": str(query.dtype).removeprefix("torch."),
         "blocksize": query.blocksize,
-        "double_quant": query.double_quant,
+        "double_quant": query.nested,
         "rejected": dict(found.rejected),
     }
 

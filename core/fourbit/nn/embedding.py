@@ -78,10 +78,9 @@ class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows `ids` of the table: [*ids.shape, embedding_dim] in the logical dtype."""
-        packed, absmax, code, *nested = self.packed_tensors()
+        weight, nested = self.packed_weight().flat()
         rows: Tensor = torch.ops.fourbit.embedding_4bit(
-            *(ids, packed, absmax, code, self.blocksize, self.num_embeddings, self.embedding_dim, self.dtype),
-            *nested,
+            ids, *weight, self.num_embeddings, self.embedding_dim, self.dtype, *nested
         )
         return rows
 

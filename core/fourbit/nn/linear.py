@@ -82,8 +82,12 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
             bias = bias.to(x.dtype)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Linear4bit: x has shape {list(x.shape)}, want [..., {self.in_features}]")
-        packed, absmax, code, *nested = self.packed_tensors()
-        y: Tensor = _linear_4bit(x, packed, absmax, code, self.blocksize, self.out_features, *nested, bias)
+        packed, absmax, code, blocksize, a, b, c = self.packed_weight()
+        y: Tensor
+        if bias is None and a is None:  # fewer arguments, a third of a microsecond less
+            y = _linear_4bit(x, packed, absmax, code, blocksize, self.out_features)
+        else:
+            y = _linear_4bit(x, packed, absmax, code, blocksize, self.out_features, a, b, c, bias)
         if compute is not None and y.dtype is not dtype:
             y = y.to(dtype)
         return y

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fourbit import checks, codebooks, dispatch
-from fourbit.double_quant import NESTED_BLOCKSIZE
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
 from fourbit.nn.frozen import FrozenTensor, frozen, plain
 from fourbit.nn.loading import entry_errors
 from fourbit.nn.view import WeightView
+from fourbit.scales import NESTED_BLOCKSIZE
 from fourbit.state import QuantState
+from fourbit.weight import Weight
 
 _float32 = torch.float32
+_new = tuple.__new__
 _plain = torch._C.DisableTorchFunctionSubclass
 _modes = torch._C._len_torch_dispatch_stack
 _compiling = torch.compiler.is_compiling
@@ -118,8 +120,8 @@ class PackedModule(nn.Module):
 
     # ---- reading and writing the weight ------------------------------------------------------------
 
-    def packed_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The ops' arguments packed, absmax, code and nested absmax, code, offset (None: not double-quantized)."""
+    def packed_weight(self) -> Weight:
+        """The weight as the ops take it, sharing the module's storage."""
         # straight from the dicts: nn.Module's attribute look-up costs as much as all the rest
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
@@ -128,19 +130,17 @@ class PackedModule(nn.Module):
             qweight, scales, code = plain(qweight), plain(scales), plain(code)
             buffers = {name: plain(tensor) for name, tensor in buffers.items()}
         with _plain():
+            packed, code, blocksize = qweight.detach(), code.view(_float32), self.blocksize
             if not self.double_quant:
-                return qweight.detach(), scales.view(_float32), code.view(_float32), None, None, None
-            a, b, c = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
-            return qweight.detach(), scales.detach(), code.view(_float32), a, b, c
+                return _new(Weight, (packed, scales.view(_float32), code, blocksize, None, None, None))
+            nested = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
+            return Weight(packed, scales.detach(), code, blocksize, *nested)
 
     def quant_state(self) -> tuple[Tensor, QuantState]:
         """`(packed, state)`, sharing the module's storage."""
-        packed, absmax, code, *nested = self.packed_tensors()
-        state = QuantState(
-            *(absmax.reshape(-1), self.weight_shape, code, self.blocksize, self.quant_type, self.dtype),
-            *nested,
-        )
-        return packed, state
+        packed, absmax, code, blocksize, *nested = self.packed_weight()
+        shape, kind = self.weight_shape, self.quant_type
+        return packed, QuantState(absmax.reshape(-1), shape, code, blocksize, kind, self.dtype, *nested)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as an ordinary tensor of `weight_shape`, in `dtype` (None: the logical one)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from fourbit import grouped
+from fourbit.weight import Weight
 
 if TYPE_CHECKING:
     from fourbit.nn.packed import PackedModule
@@ -54,13 +54,11 @@ class WeightView(Tensor):
         """The weight as an ordinary tensor."""
         if self.expert is None:
             return self.holder.dequantize(dtype)
-        op_arguments = self.holder.packed_tensors()
-        packed, absmax, code, *nested = op_arguments
-        row = torch.tensor([self.expert], device=packed.device)
+        weight = self.holder.packed_weight()
+        row = torch.tensor([self.expert], device=weight.packed.device)
         count, size = self.holder.weight_shape[0], self.numel()
         w: Tensor = torch.ops.fourbit.embedding_4bit(
-            *(row, packed, absmax, code, self.holder.blocksize, count, size),
-            *(self.dtype if dtype is None else dtype, *nested),
+            row, *weight[:4], count, size, self.dtype if dtype is None else dtype, *weight[4:]
         )
         return w.view(self.shape)
 
@@ -73,14 +71,10 @@ class WeightView(Tensor):
         whole[self.expert] = w
         self.holder.store(whole)
 
-    def _op_weight(self) -> grouped.Weight | None:
-        """The leading op arguments (packed, absmax, code, blocksize) and the nested ones; None if not sliceable."""
-        packed, absmax, code, *nested = self.holder.packed_tensors()
-        a, b, c = nested
-        weight = (packed, absmax, code, self.holder.blocksize, a, b, c)
-        if self.expert is None:
-            return weight
-        return grouped.slice_expert(weight, self.expert, self.numel())
+    def _op_weight(self) -> Weight | None:
+        """The weight as the ops take it; None if blocks run from one expert into the next."""
+        weight = self.holder.packed_weight()
+        return weight if self.expert is None else weight.expert(self.expert, self.numel())
 
     @classmethod
     def __torch_function__(
@@ -152,10 +146,8 @@ def _embedding(ids: Any, weight: Any, *rest: Any, **options: Any) -> Any:
     max_norm = rest[1] if len(rest) > 1 else options.get("max_norm")
     if not isinstance(weight, WeightView) or weight.dim() != 2 or weight.expert is not None or max_norm is not None:
         return NotImplemented
-    packed, absmax, code, *nested = weight.holder.packed_tensors()
-    return torch.ops.fourbit.embedding_4bit(
-        ids, packed, absmax, code, weight.holder.blocksize, *weight.shape, weight.dtype, *nested
-    )
+    op = weight.holder.packed_weight()
+    return torch.ops.fourbit.embedding_4bit(ids, *op[:4], *weight.shape, weight.dtype, *op[4:])
 
 
 def _get_data(view: WeightView) -> Tensor:

@@ -8,17 +8,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fourbit import double_quant, reference
+from fourbit import reference, scales
 from fourbit.codebooks import Codebook, dynamic_map
 from fourbit.state import QuantState
 from fourbit.testing.inputs import CODEBOOKS, normal
+from fourbit.weight import Weight
 
 REFERENCE = reference.backend
 SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Weight:
+class Sample:
     """A 4-bit weight that the reference quantized, on the CPU."""
 
     codebook: Codebook
@@ -36,6 +37,10 @@ class Weight:
         """The nested tensors, or nothing."""
         return tuple(tensor.to(device) for tensor in self.nested)
 
+    def weight(self, device: torch.device | str = "cpu") -> Weight:
+        """The record that Backend's methods take."""
+        return Weight(*self.args(device), *self.nested_args(device))
+
     def state(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> QuantState:
         """The QuantState, as the public functions take it."""
         return QuantState(
@@ -45,8 +50,7 @@ class Weight:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, dequantized by the reference."""
-        args = self.args("cpu")
-        return REFERENCE.dequantize_4bit(*args, self.shape, dtype, *self.nested)
+        return REFERENCE.dequantize_4bit(self.weight(), self.shape, dtype)
 
 
 def make_weight(
@@ -56,7 +60,7 @@ def make_weight(
     double_quant: bool = False,
     values: Tensor | None = None,
     seed: int = 1,
-) -> Weight:
+) -> Sample:
     """Quantize `values` (default: normal deviates) with the reference."""
     book = CODEBOOKS[codebook]
     w = normal(prod(shape), seed=seed) if values is None else values
@@ -65,12 +69,12 @@ def make_weight(
     if double_quant:
         absmax, *rest = nested_scales(absmax)
         nested = tuple(rest)
-    return Weight(book, tuple(shape), blocksize, packed, absmax, nested)
+    return Sample(book, tuple(shape), blocksize, packed, absmax, nested)
 
 
 def nested_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Double-quantized scales: `(codes, nested_absmax, nested_code, nested_offset)`."""
-    return double_quant.encode_scales(absmax, dynamic_map(), REFERENCE.quantize_blockwise)
+    return scales.DOUBLE.encode(absmax, dynamic_map(), REFERENCE.quantize_blockwise)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:

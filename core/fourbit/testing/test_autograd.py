@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import fourbit
 from fourbit.testing.inputs import DTYPES, normal
-from fourbit.testing.oracle import Weight, assert_product, make_weight
+from fourbit.testing.oracle import Sample, assert_product, make_weight
 
 COVERS = ("linear_4bit", "linear_4bit_grad")
 
@@ -21,7 +21,7 @@ def setup(device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], doubl
     return weight, x, bias
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Sample, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The public function."""
     return fourbit.linear_4bit(x, weight.packed.to(x.device), weight.state(x.device), bias)
 

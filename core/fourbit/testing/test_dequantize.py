@@ -8,12 +8,12 @@ import torch
 import fourbit
 from fourbit.testing import inputs
 from fourbit.testing.inputs import BLOCKSIZES, CODEBOOKS, DTYPES, generator, normal
-from fourbit.testing.oracle import REFERENCE, Weight, assert_same_bits, make_weight, nested_scales
+from fourbit.testing.oracle import REFERENCE, Sample, assert_same_bits, make_weight, nested_scales
 
 COVERS = ("dequantize_4bit",)
 
 
-def check(weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
+def check(weight: Sample, device: torch.device, dtype: torch.dtype) -> None:
     """Compare the backend's dequantized weight with the reference's."""
     args, nested = weight.args(device), weight.nested_args(device)
     out = torch.ops.fourbit.dequantize_4bit(*args, weight.shape, dtype, *nested)
@@ -21,7 +21,7 @@ def check(weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
     assert_same_bits(out, weight.dense(dtype), f"{weight.codebook.name}, blocksize {weight.blocksize}, {dtype}")
 
 
-def random_weight(count: int, codebook: str, blocksize: int, double_quant: bool) -> Weight:
+def random_weight(count: int, codebook: str, blocksize: int, double_quant: bool) -> Sample:
     """Random bytes, so that every code occurs, with scales of many magnitudes."""
     packed = torch.randint(0, 256, (-(-count // 2), 1), dtype=torch.uint8, generator=generator())
     absmax = normal(-(-count // blocksize)).exp()
@@ -30,7 +30,7 @@ def random_weight(count: int, codebook: str, blocksize: int, double_quant: bool)
     nested = ()
     if double_quant:
         absmax, *nested = nested_scales(absmax)
-    return Weight(CODEBOOKS[codebook], (count,), blocksize, packed, absmax, tuple(nested))
+    return Sample(CODEBOOKS[codebook], (count,), blocksize, packed, absmax, tuple(nested))
 
 
 @pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
@@ -59,7 +59,7 @@ def test_every_scale_of_16_bits(need, device, dtype):
     scales = torch.rand(1 << 13, generator=generator()) + 0.5
     packed = torch.randint(0, 256, (len(scales) * 16, 1), dtype=torch.uint8, generator=generator(1))
     for codebook in ("nf4", "unordered"):
-        check(Weight(CODEBOOKS[codebook], (len(scales) * 32,), 32, packed, scales, ()), device, dtype)
+        check(Sample(CODEBOOKS[codebook], (len(scales) * 32,), 32, packed, scales, ()), device, dtype)
 
 
 @pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
@@ -128,7 +128,7 @@ def test_large(need, device):
     part = random_weight(1 << 21, "nf4", 64, False)
     scales = torch.cat([part.absmax * factor for factor in torch.logspace(-2, 2, 8)] + [torch.ones(2)])
     packed = torch.cat([part.packed.repeat(8, 1), part.packed[:39]])
-    weight = Weight(part.codebook, (8 * (1 << 21) + 77,), 64, packed, scales, ())
+    weight = Sample(part.codebook, (8 * (1 << 21) + 77,), 64, packed, scales, ())
     check(weight, device, torch.bfloat16)
 
 
@@ -136,7 +136,7 @@ def test_reference_agrees_with_the_definition(device):
     """The oracle itself, element by element in plain Python."""
     weight = random_weight(131, "nf4", 32, True)
     nested_absmax, nested_code, offset = weight.nested
-    for i, value in enumerate(REFERENCE.dequantize_4bit(*weight.args("cpu"), (131,), torch.float32, *weight.nested)):
+    for i, value in enumerate(REFERENCE.dequantize_4bit(weight.weight(), (131,), torch.float32)):
         byte, block = int(weight.packed[i // 2, 0]), i // 32
         nibble = byte >> 4 if i % 2 == 0 else byte & 15
         scale = nested_code[int(weight.absmax[block])] * nested_absmax[block // 256] + offset

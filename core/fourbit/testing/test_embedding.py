@@ -10,12 +10,12 @@ import torch
 
 import fourbit
 from fourbit.testing.inputs import BLOCKSIZES, CODEBOOKS, DTYPES
-from fourbit.testing.oracle import Weight, assert_same_bits, make_weight
+from fourbit.testing.oracle import Sample, assert_same_bits, make_weight
 
 COVERS = ("embedding_4bit",)
 
 
-def check(ids: torch.Tensor, weight: Weight, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+def check(ids: torch.Tensor, weight: Sample, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     """Compare rows `ids` with those of the reference's dequantized weight."""
     args = (*weight.args(device), *weight.shape, dtype, *weight.nested_args(device))
     out = torch.ops.fourbit.embedding_4bit(ids.to(device), *args)

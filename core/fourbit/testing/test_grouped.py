@@ -7,7 +7,7 @@ import torch
 
 import fourbit
 from fourbit.testing.inputs import DTYPES, normal
-from fourbit.testing.oracle import Weight, assert_product, make_weight
+from fourbit.testing.oracle import Sample, assert_product, make_weight
 
 COVERS = ("grouped_linear_4bit", "grouped_linear_4bit_grad")
 
@@ -21,7 +21,7 @@ OFFSETS = {
 }
 
 
-def check(op: str, x: torch.Tensor, offsets: torch.Tensor, weight: Weight, dtype: torch.dtype) -> None:
+def check(op: str, x: torch.Tensor, offsets: torch.Tensor, weight: Sample, dtype: torch.dtype) -> None:
     """Compare each expert's rows with its product, and want zeros in the rest."""
     device = x.device
     grad = op.endswith("grad")

@@ -11,6 +11,7 @@ from torch import Tensor
 from fourbit.testing import inputs
 from fourbit.testing.inputs import BLOCKSIZES, CODEBOOKS, DTYPES, normal
 from fourbit.testing.oracle import REFERENCE, assert_same_bits
+from fourbit.weight import Weight
 
 COVERS = ("quantize_4bit",)
 
@@ -159,6 +160,6 @@ def test_more_than_2_to_the_31_elements(need, device):
     assert_same_bits(packed[-len(want_packed) :], want_packed, "the last packed bytes")
     assert_same_bits(absmax[-len(want_absmax) :], want_absmax, "the last scales")
     out = torch.ops.fourbit.dequantize_4bit(packed, absmax, code.to(device), blocksize, [count], torch.float16)
-    want = REFERENCE.dequantize_4bit(want_packed, want_absmax, code, blocksize, tail.shape, torch.float16)
+    want = REFERENCE.dequantize_4bit(Weight(want_packed, want_absmax, code, blocksize), tail.shape, torch.float16)
     assert_same_bits(out[-len(tail) :], want, "the last elements")
     assert not bool(out[: 1 << 20].any())

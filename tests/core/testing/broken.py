@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourbit import codebooks, double_quant
+from fourbit import codebooks
 from fourbit.backend import Support
 from fourbit.reference import ReferenceBackend
+from fourbit.weight import Weight
 
 
 class Unbroken(ReferenceBackend):
@@ -24,8 +25,9 @@ class SwappedNibbles(Unbroken):
         packed, absmax = super().quantize_4bit(w, code, blocksize, signed_scale)
         return (packed << 4) | (packed >> 4), absmax
 
-    def dequantize_4bit(self, packed, *args):
-        return super().dequantize_4bit((packed << 4) | (packed >> 4), *args)
+    def dequantize_4bit(self, weight, *args):
+        swapped = (weight.packed << 4) | (weight.packed >> 4)
+        return super().dequantize_4bit(weight._replace(packed=swapped), *args)
 
 
 class LargestNotLargestMagnitude(Unbroken):
@@ -72,70 +74,67 @@ class PlausibleNumberForNaN(Unbroken):
 class BlocksEndWithRows(Unbroken):
     """linear_4bit assumes that K is a multiple of the blocksize."""
 
-    def linear_4bit(self, x, packed, absmax, code, blocksize, out_features, *nested_and_bias):
-        k = x.shape[-1]
-        *nested, bias = (*nested_and_bias, None, None, None, None)[:4]
-        args = (packed, torch.ones_like(absmax), code, blocksize, (out_features, k), torch.float32)
-        if nested[0] is not None:
-            absmax = double_quant.decode_scales(absmax, *nested)
-        column = torch.arange(k) // blocksize
-        row = torch.arange(out_features)[:, None] * max(k // blocksize, 1)
-        w = super().dequantize_4bit(*args) * absmax[(row + column).clamp(max=absmax.numel() - 1)]
+    def linear_4bit(self, x, weight, out_features, bias=None):
+        k, absmax = x.shape[-1], weight.scales()
+        column = torch.arange(k) // weight.blocksize
+        row = torch.arange(out_features)[:, None] * max(k // weight.blocksize, 1)
+        ones = Weight(weight.packed, torch.ones_like(absmax), weight.code, weight.blocksize)
+        w = super().dequantize_4bit(ones, (out_features, k), torch.float32)
+        w = w * absmax[(row + column).clamp(max=absmax.numel() - 1)]
         return torch.nn.functional.linear(x, w.to(x.dtype), bias)
 
 
 class RoundedTwice(Unbroken):
     """dequantize_4bit rounds the scale to the output dtype before it multiplies."""
 
-    def dequantize_4bit(self, packed, absmax, code, blocksize, shape, dtype, *nested):
-        if nested and nested[0] is not None:
-            absmax, nested = double_quant.decode_scales(absmax, *nested), ()
-        rounded = absmax.to(dtype).float()
-        return super().dequantize_4bit(packed, rounded, code, blocksize, shape, dtype, *nested)
+    def dequantize_4bit(self, weight, shape, dtype):
+        rounded = weight.scales().to(dtype).float()
+        return super().dequantize_4bit(Weight(weight.packed, rounded, weight.code, weight.blocksize), shape, dtype)
 
 
 class OffsetForgotten(Unbroken):
     """Double-quantized scales without the mean that was taken off."""
 
-    def dequantize_4bit(self, packed, absmax, code, blocksize, shape, dtype, *nested):
-        if nested and nested[0] is not None:
-            nested = (*nested[:2], torch.zeros_like(nested[2]))
-        return super().dequantize_4bit(packed, absmax, code, blocksize, shape, dtype, *nested)
+    def dequantize_4bit(self, weight, *args):
+        if weight.nested:
+            weight = weight._replace(nested_offset=torch.zeros_like(weight.nested_offset))
+        return super().dequantize_4bit(weight, *args)
 
 
 class FusedMultiplyAdd(Unbroken):
     """Nested scales in one rounding instead of two: the last bit of some scales."""
 
-    def dequantize_4bit(self, packed, absmax, code, blocksize, shape, dtype, *nested):
-        if nested and nested[0] is not None:
+    def dequantize_4bit(self, weight, *args):
+        packed, absmax, code, blocksize, *nested = weight
+        if weight.nested:
             scale, table, offset = (tensor.double() for tensor in nested)
             each = scale.reshape(-1).repeat_interleave(256)[: absmax.numel()]
-            absmax, nested = (table[absmax.reshape(-1).int()] * each + offset).float(), ()
-        return super().dequantize_4bit(packed, absmax, code, blocksize, shape, dtype, *nested)
+            absmax = (table[absmax.reshape(-1).int()] * each + offset).float()
+        return super().dequantize_4bit(Weight(packed, absmax, code, blocksize), *args)
 
 
 class BiasOnlyForOneRow(Unbroken):
     """The kernel for several rows has no bias."""
 
     def linear_4bit(self, x, *args):
-        *args, bias = args if len(args) == 9 else (*args, None)
+        *args, bias = args if len(args) == 3 else (*args, None)
         return super().linear_4bit(x, *args, *([bias] if x.numel() == x.shape[-1] else []))
 
 
 class GradientOfZeros(Unbroken):
     """A training step that runs and learns nothing."""
 
-    def linear_4bit_grad(self, grad, packed, absmax, code, blocksize, in_features, *nested):
+    def linear_4bit_grad(self, grad, weight, in_features):
         return grad.new_zeros(*grad.shape[:-1], in_features)
 
 
 class GradientTransposed(Unbroken):
     """grad times the transposed weight, wherever the sizes let it."""
 
-    def linear_4bit_grad(self, grad, packed, absmax, code, blocksize, in_features, *nested):
+    def linear_4bit_grad(self, grad, weight, in_features):
         if grad.shape[-1] != in_features:
-            return super().linear_4bit_grad(grad, packed, absmax, code, blocksize, in_features, *nested)
-        return super().linear_4bit(grad, packed, absmax, code, blocksize, in_features, *nested)
+            return super().linear_4bit_grad(grad, weight, in_features)
+        return super().linear_4bit(grad, weight, in_features)
 
 
 class ManyRowsCutShort(Unbroken):
@@ -165,9 +164,8 @@ class ManyRowsOfAnExpertCutShort(Unbroken):
 class NegativeIdsWrap(Unbroken):
     """embedding_4bit counts negative ids from the end, as indexing does."""
 
-    def embedding_4bit(self, ids, packed, absmax, code, blocksize, num_embeddings, *rest):
-        ids = ids.remainder(num_embeddings)
-        return super().embedding_4bit(ids, packed, absmax, code, blocksize, num_embeddings, *rest)
+    def embedding_4bit(self, ids, weight, num_embeddings, *rest):
+        return super().embedding_4bit(ids.remainder(num_embeddings), weight, num_embeddings, *rest)
 
 
 class BlocksizeIgnored(Unbroken):
@@ -232,7 +230,7 @@ class LowPrecisionProduct(Unbroken):
     """float32 operands multiplied in bfloat16."""
 
     def linear_4bit(self, x, *args):
-        *args, bias = args if len(args) == 9 else (*args, None)
+        *args, bias = args if len(args) == 3 else (*args, None)
         out = super().linear_4bit(x.bfloat16(), *args).to(x.dtype)
         return out if bias is None else out + bias
 

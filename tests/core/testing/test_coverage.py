@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import fourbit.testing
-from fourbit import fakes, hookspecs, ops
+from fourbit import hookspecs, ops
 from fourbit.backend import COMPOSITIONS, OPS, Backend, OpQuery, Support
+from fourbit.operations import OPERATIONS
 
 MODULES = sorted(path.stem for path in Path(fourbit.testing.__file__).parent.glob("test_*.py"))
 
@@ -27,7 +28,7 @@ def test_op_has_a_conformance_case(op):
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_whole(op):
     """A schema, an eager kernel, a fake, a Backend method, and a word on what runs where it is not overridden."""
-    assert op in ops.SCHEMAS and op in ops._EAGER and op in fakes.FAKES
+    assert OPERATIONS[op].schema.startswith(f"{op}(") and op in ops.eager and callable(OPERATIONS[op].fake)
     assert callable(getattr(Backend, op))
     assert (op in COMPOSITIONS) == (op not in ("quantize_4bit", "dequantize_4bit"))
 

@@ -12,6 +12,7 @@ import torch
 
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES, normal
 from fourbit.testing.oracle import REFERENCE, assert_product, assert_same_bits, make_weight
+from fourbit.weight import Weight
 from tests.cpu.native.backend import NativeServerBackend
 from tests.cpu.native.builds import VARIANTS
 from tests.cpu.native.client import Server
@@ -44,9 +45,8 @@ def test_products(backend, dtype):
         weight = make_weight(n, k, blocksize=blocksize, double_quant=double, seed=index)
         x, grad = normal(m, k, seed=index).to(dtype), normal(m, n, seed=index).to(dtype)
         bias = normal(n, seed=5).to(dtype) if choose.random() < 0.5 else None
-        args, nested = weight.args("cpu"), weight.nested_args("cpu") or (None, None, None)
-        assert_product(backend.linear_4bit(x, *args, n, *nested, bias), x, weight.dense().T, dtype, bias)
-        assert_product(backend.linear_4bit_grad(grad, *args, k, *nested), grad, weight.dense(), dtype)
+        assert_product(backend.linear_4bit(x, weight.weight(), n, bias), x, weight.dense().T, dtype, bias)
+        assert_product(backend.linear_4bit_grad(grad, weight.weight(), k), grad, weight.dense(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,8 +62,9 @@ def test_conversions(backend, dtype):
             want = REFERENCE.quantize_4bit(w, code, blocksize, signed)
             assert_same_bits(packed, want[0], f"codes of {count} elements in blocks of {blocksize}")
             assert_same_bits(absmax, want[1], f"scales of {count} elements in blocks of {blocksize}")
-        out = backend.dequantize_4bit(packed, absmax, code, blocksize, (count,), dtype)
-        assert_same_bits(out, REFERENCE.dequantize_4bit(packed, absmax, code, blocksize, (count,), dtype), f"{count}")
+        weight = Weight(packed, absmax, code, blocksize)
+        out = backend.dequantize_4bit(weight, (count,), dtype)
+        assert_same_bits(out, REFERENCE.dequantize_4bit(weight, (count,), dtype), f"{count}")
 
 
 def test_experts(backend):
@@ -74,7 +75,7 @@ def test_experts(backend):
         rows = int(ends[-1]) + choose.randint(0, 3)
         weight = make_weight(experts, n, k, blocksize=choose.choice(BLOCKSIZES), seed=index)
         x = normal(rows, k, seed=index)
-        out = backend.grouped_linear_4bit(x, ends, *weight.args("cpu"), n)
+        out = backend.grouped_linear_4bit(x, ends, weight.weight(), n)
         start = 0
         for w, end in zip(weight.dense(), ends.tolist(), strict=True):
             assert_product(out[start:end], x[start:end], w.T, torch.float32)

@@ -18,17 +18,17 @@ pytestmark = pytest.mark.long  # a build of its own
 def test_no_races(server_command, isa):
     with Server(server_command("threads", isa), isa) as server:
         backend = NativeServerBackend(server)
-        weight = make_weight(520, 1088, double_quant=True)
-        args, nested = weight.args("cpu"), weight.nested_args("cpu")
+        weight = make_weight(520, 1088, double_quant=True).weight()
+        table = weight.nested_code
         for dtype in (torch.float32, torch.bfloat16):
             for rows in (1, 3, 40):
-                backend.linear_4bit(normal(rows, 1088).to(dtype), *args, 520, *nested)
-                backend.linear_4bit_grad(normal(rows, 520).to(dtype), *args, 1088, *nested)
-            w = backend.dequantize_4bit(*args, weight.shape, dtype, *nested)
-            backend.quantize_4bit(w, args[2], 64, False)
-        codes, absmax = backend.quantize_blockwise(normal(1 << 18), nested[1], 256)
-        backend.dequantize_blockwise(codes, absmax, nested[1], 256, torch.float16)
-        backend.embedding_4bit(torch.arange(520), *args, 520, 1088, torch.bfloat16, *nested)
+                backend.linear_4bit(normal(rows, 1088).to(dtype), weight, 520)
+                backend.linear_4bit_grad(normal(rows, 520).to(dtype), weight, 1088)
+            w = backend.dequantize_4bit(weight, (520, 1088), dtype)
+            backend.quantize_4bit(w, weight.code, 64, False)
+        codes, absmax = backend.quantize_blockwise(normal(1 << 18), table, 256)
+        backend.dequantize_blockwise(codes, absmax, table, 256, torch.float16)
+        backend.embedding_4bit(torch.arange(520), weight, 520, 1088, torch.bfloat16)
         assert server.close() == 0
 
 

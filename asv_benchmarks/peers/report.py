@@ -1,46 +1,10 @@
-"""How `peers.py` prints: the machine, a line for each row with its verdicts beneath, and what was missed."""
+"""How `python -m peers cpu` prints: a line for each row with its verdicts beneath, and what was missed."""
 
 from __future__ import annotations
 
-import os
-import platform
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
-
-import targets
-import torch
-from benchmarks.timing import ReadBandwidth, Times
-from peers_cpu import Row, Settings
-
-import fourbit
-
-
-def about(settings: Settings | None = None) -> dict[str, Any]:
-    """What figures depend on, as JSON values."""
-    explained = fourbit.explain("linear_4bit", device="cpu", dtype=torch.bfloat16)
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}",
-        "versions": {
-            "Python": platform.python_version(),
-            **{name: _version(name) for name in ("fourbit", "torch", "bitsandbytes")},
-        },
-        "torch capability": torch.backends.cpu.get_cpu_capability(),
-        "isa": None if settings is None else settings.isa,
-        "backend": f"{explained.backend} ({explained.path})",
-        "load": os.getloadavg()[0],
-    }
-
-
-def print_about(about: dict[str, Any]) -> None:
-    """The heading of a run."""
-    print(f"{about['date']}; {about['machine']}")
-    print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))
-    print(f"linear_4bit by {about['backend']}; torch with {about['torch capability']}; load {about['load']:.1f}")
-    if about["isa"]:
-        print(f"held to {about['isa']}: fourbit, torch, oneDNN; NOT bitsandbytes, whose kernels choose for themselves")
+from harness.timing import ReadBandwidth, milliseconds
+from peers import targets
+from peers.cpu import Row
 
 
 def print_row(case: str, row: Row, heading: str | None) -> str:
@@ -110,25 +74,3 @@ def _doubt(row: Row) -> str:
 
 def _value(measure: str, value: float) -> str:
     return f"{value:.0%}" if measure == targets.READ else f"{value:.2f}"
-
-
-def milliseconds(times: Times) -> str:
-    """ "0.308 [0.301 to 0.322]": the median, and what 10 % and 90 % stay below."""
-    if times.count == 1:
-        return f"{times.median * 1e3:.4g}"
-    return f"{times.median * 1e3:.4g} [{times.p10 * 1e3:.4g} to {times.p90 * 1e3:.4g}]"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -1,17 +1,20 @@
-"""Double quantization: the per-block scales themselves in 8 bits (QLoRA, arXiv 2305.14314, section 3).
+"""How the scales of a weight are stored, as data: a format has a name, a table and an encoder; all decode alike.
 
-scale = nested_code[q] * nested_absmax[block of 256] + nested_offset, in float32, the product rounded before
-the sum. The offset is the mean of all scales.
+Either float32, or a code of 8 bits each: scale = nested_code[q] * nested_absmax[block of 256] + nested_offset, in
+float32, the product rounded before the sum. What is in the table is the format's business, so that a new format
+needs no new kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ldexp
 
 import torch
 from torch import Tensor
 
+from fourbit.codebooks import dynamic_map
 from fourbit.float_environment import subnormals_kept
 
 NESTED_BLOCKSIZE = 256
@@ -50,14 +53,35 @@ def _divide_to_float32(total: int, count: int) -> float:
     return ldexp(-quotient if total < 0 else quotient, shift - 149)
 
 
-@subnormals_kept
-def encode_scales(
-    absmax: Tensor, code: Tensor, quantize_blockwise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize scales (float32 [b]) to `(codes uint8 [b], nested_absmax, nested_code, nested_offset)`.
+Encoded = tuple[Tensor, Tensor, Tensor, Tensor]
+"""absmax (uint8 codes), nested_absmax, nested_code, nested_offset: as `decode` and `Weight` take them."""
 
-    The offset is a float32 scalar tensor. A scale of NaN (a block with NaN or Inf) must stay NaN and harm no
-    other: it is left out of the mean and, only then, takes a code of its own, whose table entry is NaN.
+Quantize = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""A `quantize_blockwise`."""
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """How the scales of a weight are stored.
+
+    Attributes:
+        name: of the format, for people.
+        table: on a device, what the 256 codes stand for, float32 [256].
+        encode: float32 scales [b], the table and a `quantize_blockwise` to `Encoded`: codes uint8 [b], nested_absmax
+            float32 [ceil(b/256)], the table (changed or not), and the offset, a float32 scalar.
+    """
+
+    name: str
+    table: Callable[[torch.device], Tensor]
+    encode: Callable[[Tensor, Tensor, Quantize], Encoded]
+
+
+@subnormals_kept
+def _encode_double(absmax: Tensor, code: Tensor, quantize_blockwise: Quantize) -> Encoded:
+    """The scales less their mean, quantized in turn.
+
+    A scale of NaN (a block with NaN or Inf) must stay NaN and harm no other: it is left out of the mean and, only
+    then, takes a code of its own, whose table entry is NaN.
     """
     bad = ~torch.isfinite(absmax)
     any_bad = bool(bad.any())
@@ -75,9 +99,21 @@ def encode_scales(
     return codes, nested_absmax, code, offset
 
 
+DOUBLE = ScaleFormat("double-quantized", dynamic_map, _encode_double)
+"""The scales themselves in 8 bits (QLoRA, arXiv 2305.14314, section 3). The offset is their mean."""
+
+
 @subnormals_kept
-def decode_scales(codes: Tensor, nested_absmax: Tensor, nested_code: Tensor, nested_offset: Tensor) -> Tensor:
-    """Scales as float32, in the shape of `codes`."""
-    flat = codes.reshape(-1)
-    nested = nested_absmax.reshape(-1).repeat_interleave(NESTED_BLOCKSIZE)[: flat.numel()]
-    return (nested_code[flat.int()] * nested + nested_offset).view(codes.shape)
+def decode(
+    absmax: Tensor,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Scales of any format as float32, in the shape of `absmax`, which starts with scale number `first` of all."""
+    if nested_absmax is None or nested_code is None or nested_offset is None:
+        return absmax
+    flat = absmax.reshape(-1)
+    group = torch.arange(first, first + flat.numel(), device=flat.device) // NESTED_BLOCKSIZE
+    return (nested_code[flat.int()] * nested_absmax.reshape(-1)[group] + nested_offset).view(absmax.shape)

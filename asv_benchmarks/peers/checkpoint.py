@@ -1,6 +1,6 @@
 """Makes a model folder of 8 GB, runs `fourbit quantize` on it, and prints its peak memory and its time.
 
-    python asv_benchmarks/checkpoint_8gb.py [--size-gb 8] [--folder PLACE]
+    python -m peers.checkpoint [--size-gb 8] [--folder PLACE]
 
 bfloat16, several files, one tensor an eighth of the whole. Beside it, in the same run and process order, the plain
 copy: reading the source's bytes and writing as many as the result has, flushed to the disk. The exit status is 1 if

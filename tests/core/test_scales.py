@@ -13,9 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fourbit
-from fourbit import codebooks, double_quant
-from fourbit.double_quant import NAN_CODE, NESTED_BLOCKSIZE, decode_scales, encode_scales, exact_mean
-from fourbit.reference import quantize_blockwise
+from fourbit import codebooks, scales
+from fourbit.numerics import quantize_blockwise
+from fourbit.scales import DOUBLE, NAN_CODE, NESTED_BLOCKSIZE, decode, exact_mean
 
 SUBNORMAL = 2.0**-149
 LARGEST = float(np.finfo(np.float32).max)
@@ -77,7 +77,7 @@ def test_mean_of_a_view_with_strides():
 
 
 def encode(scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return encode_scales(scales, codebooks.dynamic_map(), quantize_blockwise)
+    return DOUBLE.encode(scales, codebooks.dynamic_map(), quantize_blockwise)
 
 
 @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 1000])
@@ -87,7 +87,7 @@ def test_round_trip_is_close_and_has_the_right_sizes(count):
     assert (codes.dtype, codes.shape) == (torch.uint8, (count,))
     assert nested_absmax.shape == (-(-count // NESTED_BLOCKSIZE),)
     assert torch.equal(nested_code, codebooks.dynamic_map()) and offset.shape == ()
-    decoded = decode_scales(codes, nested_absmax, nested_code, offset)
+    decoded = decode(codes, nested_absmax, nested_code, offset)
     # the map's widest gap is 0.014, so half of it times the nested scale
     assert (decoded - scales).abs().max() <= 0.0071 * nested_absmax.max() + 1e-6
 
@@ -95,7 +95,7 @@ def test_round_trip_is_close_and_has_the_right_sizes(count):
 def test_decoding_is_the_formula_with_the_product_rounded_first():
     scales = torch.rand(600, generator=torch.Generator().manual_seed(1))
     codes, nested_absmax, nested_code, offset = encode(scales)
-    decoded = decode_scales(codes.view(20, 30), nested_absmax, nested_code, offset)
+    decoded = decode(codes.view(20, 30), nested_absmax, nested_code, offset)
     table, nested = nested_code.numpy(), nested_absmax.numpy()
     want = [np.float32(table[c] * nested[i // 256]) + np.float32(offset) for i, c in enumerate(codes.tolist())]
     assert decoded.shape == (20, 30) and np.array_equal(decoded.numpy().ravel(), np.array(want))
@@ -103,7 +103,7 @@ def test_decoding_is_the_formula_with_the_product_rounded_first():
 
 def test_equal_scales_are_exact():
     scales = torch.full((300,), 0.37)
-    assert torch.equal(decode_scales(*encode(scales)), scales)
+    assert torch.equal(decode(*encode(scales)), scales)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -113,7 +113,7 @@ def test_a_bad_scale_decodes_to_nan_and_harms_no_other(bad):
     spoiled = scales.clone()
     spoiled[positions] = bad
     codes, nested_absmax, nested_code, offset = encode(spoiled)
-    decoded = decode_scales(codes, nested_absmax, nested_code, offset)
+    decoded = decode(codes, nested_absmax, nested_code, offset)
     good = torch.ones(700, dtype=torch.bool)
     good[positions] = False
     assert decoded[~good].isnan().all() and decoded[good].isfinite().all()
@@ -129,7 +129,7 @@ def test_the_nan_code_stands_for_next_to_nothing():
 
 def test_only_bad_scales():
     codes, nested_absmax, nested_code, offset = encode(torch.full((3,), torch.nan))
-    assert float(offset) == 0 and decode_scales(codes, nested_absmax, nested_code, offset).isnan().all()
+    assert float(offset) == 0 and decode(codes, nested_absmax, nested_code, offset).isnan().all()
 
 
 def test_a_weight_with_one_bad_element_through_double_quantization():
@@ -166,4 +166,4 @@ def test_nested_offset_is_the_exact_mean_of_the_scales():
     _, nested = fourbit.quantize_4bit(w, blocksize=32, double_quant=True)
     shuffled = plain.absmax.tolist()
     random.Random(0).shuffle(shuffled)
-    assert float(nested.nested_offset) == double_quant.exact_mean(torch.tensor(shuffled))
+    assert float(nested.nested_offset) == scales.exact_mean(torch.tensor(shuffled))

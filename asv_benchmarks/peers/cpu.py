@@ -1,4 +1,4 @@
-"""The cases of `peers.py cpu`: each function yields rows, what was measured and how it stands to the targets."""
+"""The cases of `python -m peers cpu`: each function yields rows, what was measured and how it stands to the targets."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import targets
 import torch
-from benchmarks.measure import microseconds
-from benchmarks.others import Others
-from benchmarks.timing import ReadBandwidth, Times, copies_for, interleave
-from peers_contenders import BLOCKSIZE, DTYPES, Weights, bind, check, composed_calls, linear_calls, stored_bytes
-from targets import Target
 
 import fourbit
+from harness.calls import microseconds
+from harness.others import Others
+from harness.timing import ReadBandwidth, Times, copies_for, interleave
+from harness.weights import BLOCKSIZE, DTYPES, bind, stored_bytes
+from peers import targets
+from peers.contenders import CpuWeights, check, composed_calls, linear_calls
+from peers.targets import Target
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def linear(settings: Settings, dtypes: tuple[str, ...] | None = None) -> Iterato
     """linear_4bit at every shape, number of rows and dtype; at M=1 beside a read of memory."""
     bandwidth = ReadBandwidth()
     for shape in settings.shapes:
-        weights = Weights(shape, settings.bnb)
+        weights = CpuWeights(shape, settings.bnb)
         for dtype in dtypes or settings.dtypes:
             for rows in settings.rows:
                 x = _activations(rows, shape[1], dtype)
@@ -88,7 +89,7 @@ def linear(settings: Settings, dtypes: tuple[str, ...] | None = None) -> Iterato
 
 def _linear_row(
     settings: Settings,
-    weights: Weights,
+    weights: CpuWeights,
     bandwidth: ReadBandwidth,
     contenders: dict[str, list[Callable[[], object]]],
     kind: tuple[int, str, int],
@@ -214,7 +215,7 @@ def blockwise(settings: Settings) -> Iterator[Row]:
 def gradient(settings: Settings) -> Iterator[Row]:
     """The gradient of linear_4bit with respect to x at the first shape, against torch's matmul."""
     shape = settings.shapes[0]
-    weights = Weights(shape, None)
+    weights = CpuWeights(shape, None)
     op = torch.ops.fourbit.linear_4bit_grad.default
     for rows in settings.rows:
         grad = _activations(rows, shape[0], "bf16")
@@ -238,7 +239,7 @@ def module(settings: Settings, size: int = 64) -> Iterator[Row]:
         ),
         "torch nn.Linear": plain,
     }
-    packed = Weights((size, size), settings.bnb).bitsandbytes() if settings.bnb is not None else []
+    packed = CpuWeights((size, size), settings.bnb).bitsandbytes() if settings.bnb is not None else []
     if packed:
         modules["bitsandbytes"] = packed[0]
     for threads in settings.threads:
@@ -253,7 +254,7 @@ def module(settings: Settings, size: int = 64) -> Iterator[Row]:
 def sweep(settings: Settings) -> Iterator[Row]:
     """linear_4bit against dequantize_4bit and torch's linear at every M from 1 to 64, and 96, 128, 256, 512."""
     for shape in settings.shapes:
-        weights = Weights(shape, None)
+        weights = CpuWeights(shape, None)
         for dtype in settings.dtypes:
             for threads in settings.threads:
                 torch.set_num_threads(threads)

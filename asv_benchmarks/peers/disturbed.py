@@ -1,6 +1,6 @@
 """What another busy process costs: linear_4bit with every core in use, and with one of the cores taken.
 
-    python asv_benchmarks/disturbed.py                  # 4096x4096, M=1, 2 threads
+    python -m peers.disturbed                  # 4096x4096, M=1, 2 threads
 
 A process that counts, pinned to one core, runs in every second period. A kernel that splits its work evenly and
 waits for the slower half takes many times as long then; one that lets idle threads take what is left does not. The
@@ -17,11 +17,12 @@ import sys
 import time
 from statistics import median
 
-import peers_report
-import targets
 import torch
-from benchmarks.timing import Times
-from peers_contenders import Weights, linear_calls, load_bitsandbytes
+
+from harness import bnb, machine
+from harness.timing import Times, milliseconds
+from peers import targets
+from peers.contenders import CpuWeights, linear_calls
 
 PERIOD = 0.3
 BUSY = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
@@ -86,9 +87,9 @@ def main() -> None:
     parser.add_argument("--periods", type=int, default=9)
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
-    peers_report.print_about(peers_report.about())
+    machine.print_about(machine.about())
     torch.set_num_threads(options.threads)
-    weights = Weights((options.size, options.size), load_bitsandbytes())
+    weights = CpuWeights((options.size, options.size), bnb.load())
     x = torch.randn(options.m, options.size).bfloat16()
     print(
         f"\n{options.size}² M={options.m} bf16, {options.threads} threads on {len(cores)} cores: median [p10 to p90] ms"
@@ -100,7 +101,7 @@ def main() -> None:
         verdict = ""
         if name == "fourbit":
             verdict = f" ({targets.DISTURBED.describe()}) {targets.DISTURBED.verdict(ratio)}"
-        spread = f"{peers_report.milliseconds(quiet)}, disturbed {peers_report.milliseconds(loud)}"
+        spread = f"{milliseconds(quiet)}, disturbed {milliseconds(loud)}"
         print(f"{name:16s} {spread}, ratio {ratio:.2f}{verdict}; of means {loud.mean / quiet.mean:.2f}")
 
 

@@ -2,7 +2,7 @@
 
     ncu --clock-control none --profile-from-start off --section SpeedOfLight --section WarpStateStats \\
         --section MemoryWorkloadAnalysis --section SchedulerStats --section Occupancy \\
-        python asv_benchmarks/profile_cuda.py --shape 8192x8192 --rows 1,16,64
+        python -m peers.profile_cuda --shape 8192x8192 --rows 1,16,64
 
 bfloat16, NF4, blocksize 64. Kernels are compiled before the profiler starts to listen.
 """

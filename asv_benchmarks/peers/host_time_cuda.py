@@ -1,6 +1,6 @@
 """Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls.
 
-    python asv_benchmarks/overhead_cuda.py
+    python -m peers.host_time_cuda
 
 Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved. "To the launch" is the
 time from the call to the entry of cuLaunchKernelEx, measured by a stand-in for that function: without the driver's
@@ -14,24 +14,13 @@ import time
 from statistics import median
 
 import torch
-from benchmarks.measure import microseconds
 
 import fourbit
 from fourbit_cuda.driver import launcher
+from harness import bnb
+from harness.calls import microseconds
 
 SIZE = 256
-
-
-def bitsandbytes_call(plain: torch.nn.Linear, x: torch.Tensor):
-    """A call of bitsandbytes' Linear4bit, or None if it is not installed."""
-    try:
-        import bitsandbytes as bnb
-    except ImportError:
-        return None
-    module = bnb.nn.Linear4bit(SIZE, SIZE, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    module.weight = bnb.nn.Params4bit(plain.weight.detach().cpu().clone(), requires_grad=False, quant_type="nf4")
-    module = module.to("cuda").eval()
-    return lambda: module(x)
 
 
 def synchronized(call):
@@ -90,11 +79,10 @@ def main() -> None:
         "fourbit.linear_4bit": lambda: fourbit.linear_4bit(x, packed, state),
         "torch.empty": lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda"),
     }
-    peer = bitsandbytes_call(plain, x)
-    if peer is None:
-        print("bitsandbytes is not installed, so it is not in the table")
-    else:
-        calls["bitsandbytes Linear4bit"] = peer
+    peer = bnb.linear(plain, torch.bfloat16)
+    if peer is not None:
+        peer.eval()
+        calls["bitsandbytes Linear4bit"] = lambda: peer(x)
     found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=31)
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
     print("host time of a whole call:")

@@ -45,6 +45,13 @@ class Times:
         return cls(median(ordered), p10, p90, ordered[0], sum(ordered) / len(ordered), len(ordered))
 
 
+def milliseconds(times: Times) -> str:
+    """ "0.308 [0.301 to 0.322]": the median, and what 10 % and 90 % stay below."""
+    if times.count == 1:
+        return f"{times.median * 1e3:.4g}"
+    return f"{times.median * 1e3:.4g} [{times.p10 * 1e3:.4g} to {times.p90 * 1e3:.4g}]"
+
+
 def interleave(
     contenders: dict[str, Sequence[Callable[[], object]]],
     seconds: float,

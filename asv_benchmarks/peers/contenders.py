@@ -8,65 +8,24 @@ that of its own dequantized weight before it is timed.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmarks.timing import copies_for
 from torch.nn.functional import linear
 
 import fourbit
+from harness.weights import BLOCKSIZE, DTYPES, Weights, bind
 
-BLOCKSIZE = 64
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"bf16": 0.01, "fp16": 0.002, "fp32": 1e-5}
 """Of the product's relative error in the Frobenius norm; that a contender computes the right thing, not how well."""
 
 Calls = list[Callable[[], object]]
 
 
-def load_bitsandbytes() -> Any:
-    """The module, or None if it is not installed; without what it prints about a package that it misses."""
-    try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()):
-            import bitsandbytes
-    except ImportError:
-        return None
-    return bitsandbytes
-
-
-class Weights:
-    """Copies of one [N, K] weight for each contender, built when first asked for."""
-
-    def __init__(self, shape: tuple[int, int], bnb: Any, seed: int = 0) -> None:
-        self.shape = shape
-        self.bnb = bnb
-        self.plain = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.02
-        self._built: dict[str, list[Any]] = {}
-
-    def fourbit(self, double_quant: bool = False) -> list[tuple[torch.Tensor, fourbit.QuantState]]:
-        """`(packed, state)` of NF4, blocksize 64."""
-
-        def build() -> tuple[Any, int]:
-            packed, state = fourbit.quantize_4bit(self.plain, blocksize=BLOCKSIZE, double_quant=double_quant)
-            return (packed, state), stored_bytes(packed, state)
-
-        return self._copies("fourbit double" if double_quant else "fourbit", build)
-
-    def torch(self, dtype: str) -> list[torch.Tensor]:
-        """The weight itself in `dtype`."""
-
-        def build() -> tuple[torch.Tensor, int]:
-            weight = self.plain.to(DTYPES[dtype], copy=True)
-            return weight, weight.nbytes
-
-        return self._copies(f"torch {dtype}", build)
+class CpuWeights(Weights):
+    """With the forms of the peers that run on a CPU."""
 
     def bitsandbytes(self) -> list[Any]:
         """Modules in evaluation mode whose weight has been repacked; empty if it cannot take the shape."""
@@ -91,7 +50,7 @@ class Weights:
             state = module.weight.quant_state
             return module, module.weight.nbytes + state.absmax.nbytes
 
-        return self._copies("bitsandbytes", build)
+        return self.copies("bitsandbytes", build)
 
     def int4pack(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`(packed, scales and zeros)` of torch's own 4-bit op: integers 0 … 15 in groups of 64."""
@@ -102,7 +61,7 @@ class Weights:
             both = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()
             return (packed, both), packed.nbytes + both.nbytes
 
-        return self._copies("int4pack", build) if self.shape[1] % BLOCKSIZE == 0 else []
+        return self.copies("int4pack", build) if self.shape[1] % BLOCKSIZE == 0 else []
 
     def int4_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales bfloat16 [N, K/64] and codes int32 [N, K/64, 64] of int4pack's weight, (code - 8) * scale."""
@@ -110,28 +69,8 @@ class Weights:
         scale = (groups.abs().amax(-1) / 7.5).bfloat16()
         return scale, (groups / scale.float()[..., None]).round_().add_(8).clamp_(0, 15).int()
 
-    def _copies(self, name: str, build: Callable[[], tuple[Any, int]]) -> list[Any]:
-        if name not in self._built:
-            first, size = build()
-            self._built[name] = [first, *(_copy(first) for _ in range(copies_for(size) - 1))]
-        return self._built[name]
 
-
-def _copy(weight: Any) -> Any:
-    """A deep copy, but with the one code tensor that all weights of a kind share, as in a model."""
-    shared = []
-    if isinstance(weight, tuple) and isinstance(weight[1], fourbit.QuantState):
-        shared = [t for t in (weight[1].code, weight[1].nested_code) if t is not None]
-    return copy.deepcopy(weight, {id(t): t for t in shared})
-
-
-def stored_bytes(packed: torch.Tensor, state: fourbit.QuantState) -> int:
-    """Bytes that a product has to read of the weight: packed values and scales, nested ones too."""
-    nested = state.nested_absmax
-    return packed.nbytes + state.absmax.nbytes + (0 if nested is None else nested.nbytes)
-
-
-def linear_calls(weights: Weights, x: torch.Tensor, peers: bool = True) -> dict[str, Calls]:
+def linear_calls(weights: CpuWeights, x: torch.Tensor, peers: bool = True) -> dict[str, Calls]:
     """Contenders for x [M, K] times the weight, by name; `peers` False leaves fourbit and torch."""
     dtype = next(name for name, kind in DTYPES.items() if kind is x.dtype)
     found: dict[str, Calls] = {
@@ -147,7 +86,7 @@ def linear_calls(weights: Weights, x: torch.Tensor, peers: bool = True) -> dict[
     return {name: calls for name, calls in found.items() if calls}
 
 
-def composed_calls(weights: Weights, x: torch.Tensor) -> Calls:
+def composed_calls(weights: CpuWeights, x: torch.Tensor) -> Calls:
     """dequantize_4bit, then torch's linear: what a user without a fused kernel has."""
 
     def call(packed: torch.Tensor, state: fourbit.QuantState) -> torch.Tensor:
@@ -156,7 +95,7 @@ def composed_calls(weights: Weights, x: torch.Tensor) -> Calls:
     return [bind(call, *w) for w in weights.fourbit()]
 
 
-def check(contenders: dict[str, Calls], weights: Weights, x: torch.Tensor, dtype: str) -> None:
+def check(contenders: dict[str, Calls], weights: CpuWeights, x: torch.Tensor, dtype: str) -> None:
     """Compare each product with that of the plain weight dequantized as the contender did; raise on a wrong one."""
     ends = torch.cat([torch.arange(128), torch.arange(weights.shape[0] - 128, weights.shape[0])])
     for name, calls in contenders.items():
@@ -169,7 +108,7 @@ def check(contenders: dict[str, Calls], weights: Weights, x: torch.Tensor, dtype
                 raise RuntimeError(f"{name} computes something else: relative error {error:.2e}, {dtype}")
 
 
-def _dequantized(name: str, weights: Weights, dtype: str) -> torch.Tensor:
+def _dequantized(name: str, weights: CpuWeights, dtype: str) -> torch.Tensor:
     """The weight in float32 that a contender multiplies with."""
     if name.startswith("torch"):
         return weights.torch(dtype)[0]
@@ -180,8 +119,3 @@ def _dequantized(name: str, weights: Weights, dtype: str) -> torch.Tensor:
     if name == "bitsandbytes":  # its NF4 bits are fourbit's, but it keeps the scales in bfloat16
         state = replace(state, absmax=state.absmax.bfloat16().float())
     return fourbit.dequantize_4bit(packed, state, torch.float32)
-
-
-def bind(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    """The call of `function` with these arguments."""
-    return lambda: function(*arguments)

@@ -1,13 +1,13 @@
 """fourbit beside its peers, in one process: times, ratios, and how they stand to the targets.
 
-    python asv_benchmarks/peers.py cpu                  # everything, about 10 minutes
-    python asv_benchmarks/peers.py cpu --quick          # one shape, about a minute
-    python asv_benchmarks/peers.py cpu --cases linear --shapes 4096x4096 --m 1,4 --threads 1 --dtype bf16
-    python asv_benchmarks/peers.py cpu --isa avx2       # fourbit, torch and oneDNN held to AVX2
-    python asv_benchmarks/peers.py cpu --sweep          # every M against dequantize_4bit + torch's linear
-    python asv_benchmarks/peers.py cuda                 # an NVIDIA GPU: peers_cuda.py, with options of its own
+    python -m peers cpu                  # everything, about 10 minutes
+    python -m peers cpu --quick          # one shape, about a minute
+    python -m peers cpu --cases linear --shapes 4096x4096 --m 1,4 --threads 1 --dtype bf16
+    python -m peers cpu --isa avx2       # fourbit, torch and oneDNN held to AVX2
+    python -m peers cpu --sweep          # every M against dequantize_4bit + torch's linear
+    python -m peers cuda                 # an NVIDIA GPU: peers/cuda.py, with options of its own
 
-The CPU's peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; benchmarks/timing.py
+The CPU's peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; harness/timing.py
 says how they are timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
 """
 
@@ -17,6 +17,8 @@ import argparse
 import json
 import os
 import sys
+
+from harness.arguments import numbers, shapes, words
 
 ISA_LIMITS = {
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
@@ -30,22 +32,22 @@ SHAPES = "4096x4096,11008x4096,4096x14336,32000x4096"
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time fourbit beside its peers.")
-    parser.add_argument("device", choices=["cpu", "cuda"], help="cuda has options of its own: `peers.py cuda --help`")
+    parser = argparse.ArgumentParser(prog="python -m peers", description="Time fourbit beside its peers.")
+    parser.add_argument("device", choices=["cpu", "cuda"], help="cuda has options of its own")
     parser.add_argument(
-        "--cases", type=_words, help="of linear, fp16, gradient, quantize, dequantize, blockwise, module"
+        "--cases", type=words, help="of linear, fp16, gradient, quantize, dequantize, blockwise, module"
     )
-    parser.add_argument("--shapes", type=_shapes, help=f"NxK of the weights (default {SHAPES})")
-    parser.add_argument("--m", type=_numbers, default=(1, 4, 16, 128, 512), help="rows of x")
-    parser.add_argument("--threads", type=_numbers, default=(1, 2))
-    parser.add_argument("--dtype", type=_words, default=("bf16", "fp32"), help="of x in the case linear, and the sweep")
+    parser.add_argument("--shapes", type=shapes, help=f"NxK of the weights (default {SHAPES})")
+    parser.add_argument("--m", type=numbers, default=(1, 4, 16, 128, 512), help="rows of x")
+    parser.add_argument("--threads", type=numbers, default=(1, 2))
+    parser.add_argument("--dtype", type=words, default=("bf16", "fp32"), help="of x in the case linear, and the sweep")
     parser.add_argument("--isa", choices=sorted(ISA_LIMITS), help="hold fourbit and torch to an instruction set")
     parser.add_argument("--sweep", action="store_true", help="every M against dequantize + torch, instead of the cases")
     parser.add_argument("--quick", action="store_true", help="one shape and few rounds: a look, not a result")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured there too")
     found = parser.parse_args(argv)
     if found.shapes is None:
-        found.shapes = _shapes("4096x4096" if found.quick or found.sweep else SHAPES)
+        found.shapes = shapes("4096x4096" if found.quick or found.sweep else SHAPES)
     if not set(found.dtype) <= {"bf16", "fp32", "fp16"}:
         parser.error(f"--dtype takes bf16, fp32 and fp16, not {','.join(found.dtype)}")
     if min(found.m) < 1 or min(found.threads) < 1:
@@ -53,47 +55,35 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return found
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple((int(n), int(k)) for n, k in (part.split("x") for part in text.split(",")))
-
-
 def restrict(isa: str) -> None:
     """Run this command again with the limits of `isa` in the environment: libraries read them when they load."""
     limits = {"FOURBIT_CPU_ISA": isa, **ISA_LIMITS[isa]}
     if any(os.environ.get(name) != value for name, value in limits.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **limits})
+        os.execve(sys.executable, [sys.executable, "-m", "peers", *sys.argv[1:]], {**os.environ, **limits})
 
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
     if sys.argv[1:2] == ["cuda"]:
-        import peers_cuda
+        from peers import cuda
 
-        return peers_cuda.main(sys.argv[2:])
+        return cuda.main(sys.argv[2:])
     options = arguments()
     if options.isa:
         restrict(options.isa)
-    import peers_cpu
-    import peers_report
     import torch
-    from peers_contenders import load_bitsandbytes
 
-    cases = peers_cpu.CASES if options.cases is None else {}
+    from harness import bnb, machine
+    from peers import cpu, report
+
+    cases = cpu.CASES if options.cases is None else {}
     for name in options.cases or ():
-        if name not in peers_cpu.CASES:
-            raise SystemExit(f"there is no case {name!r}: {', '.join(peers_cpu.CASES)}")
-        cases[name] = peers_cpu.CASES[name]
+        if name not in cpu.CASES:
+            raise SystemExit(f"there is no case {name!r}: {', '.join(cpu.CASES)}")
+        cases[name] = cpu.CASES[name]
     if options.sweep:
-        cases = {"sweep": peers_cpu.sweep}
-    settings = peers_cpu.Settings(
+        cases = {"sweep": cpu.sweep}
+    settings = cpu.Settings(
         shapes=options.shapes,
         rows=options.m,
         threads=options.threads,
@@ -102,19 +92,19 @@ def main() -> None:
         rounds=(3, 15) if options.quick else (5, 61),
         side=4096 if options.quick else 8192,
         isa=options.isa,
-        bnb=load_bitsandbytes(),
+        bnb=bnb.load(),
     )
-    about = peers_report.about(settings)
-    peers_report.print_about(about)
+    about = machine.about(options.isa)
+    machine.print_about(about)
     torch.manual_seed(0)
     rows = []
     with torch.no_grad():
         for name, case in cases.items():
             heading = None
-            for row in peers_cpu.watched(case(settings)):
+            for row in cpu.watched(case(settings)):
                 rows.append(row)
-                heading = peers_report.print_row(name, row, heading)
-    peers_report.print_summary(rows)
+                heading = report.print_row(name, row, heading)
+    report.print_summary(rows)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as stream:
             json.dump({**about, "rows": [row.to_dict() for row in rows]}, stream, indent=1)

@@ -1,7 +1,7 @@
 """Tokens per second through transformers' generate, 4-bit against bfloat16, in one process and in turn.
 
-    python asv_benchmarks/decode.py                     # SmolLM2 and a 1B-shaped Llama, batch 1 and 4
-    python asv_benchmarks/decode.py --models 1b --batch 1 --threads 2
+    python -m peers.decode                     # SmolLM2 and a 1B-shaped Llama, batch 1 and 4
+    python -m peers.decode --models 1b --batch 1 --threads 2
 
 SmolLM2-135M-Instruct has its real weights (those of `fourbit demo`). The 1B shape is that of Llama 3.2 1B, with
 random weights. The bfloat16 embedding and output head stay as they are, as `fourbit quantize` leaves them, unless
@@ -23,14 +23,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched by name
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import peers_report
-import targets
 import torch
-from benchmarks.timing import Times
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
 from transformers.utils import logging
 
 import fourbit
+from harness import machine
+from harness.timing import Times
+from peers import targets
 
 PROMPT_TOKENS = 16
 
@@ -149,8 +149,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     logging.disable_progress_bar()
-    about = peers_report.about()
-    peers_report.print_about(about)
+    about = machine.about()
+    machine.print_about(about)
     rows = []
     with torch.inference_mode():
         for key in options.models.split(","):

@@ -1,0 +1,1 @@
+"""What benchmarks and comparisons share: timing, weights, machines. The folder above is on the path of both."""
