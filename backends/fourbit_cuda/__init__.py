@@ -11,13 +11,10 @@ from torch import Tensor
 from fourbit.backend import SUPPORTED, Backend, OpQuery, Support
 from fourbit.hookspecs import hookimpl
 from fourbit.weight import Weight
-from fourbit_gpu.backend import GpuBackend
+from fourbit_gpu.backend import GpuBackend, current_device
 
 if TYPE_CHECKING:
     from fourbit_gpu.launcher import Launcher
-
-Optional = Tensor | None
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
 class CudaBackend(GpuBackend):
@@ -65,46 +62,20 @@ class CudaBackend(GpuBackend):
 
     # ---- products -------------------------------------------------------------------------------------------
 
-    def linear_4bit(
-        self,
-        x: Tensor,
-        weight: Weight,
-        out_features: int,
-        bias: Optional = None,
-    ) -> Tensor:
+    def linear_4bit(self, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None = None) -> Tensor:
         # the hot path: as little as possible between the op and the launch
         index = x.device.index
         launcher = self._launchers.get(index)
-        args = (x, *weight[:4], out_features, *weight[4:], bias)
-        if launcher is not None and _current_device() == index:
-            return self._linear(launcher, *args)
+        if launcher is not None and current_device() == index:
+            return self._linear(launcher, x, weight, out_features, bias)
         self._launcher(x.device)
-        result: Tensor = self._run(self._linear, x.device, *args)
+        result: Tensor = self._run(self._linear, x.device, x, weight, out_features, bias)
         return result
 
-    def linear_4bit_grad(
-        self,
-        grad: Tensor,
-        weight: Weight,
-        in_features: int,
-    ) -> Tensor:
+    def grouped_linear_4bit(self, x: Tensor, offsets: Tensor, weight: Weight, out_features: int) -> Tensor:
         from fourbit_cuda import linear
 
-        args = (grad, *weight[:4], in_features, *weight[4:])
-        result: Tensor = self._run(linear.linear_grad, grad.device, *args)
-        return result
-
-    def grouped_linear_4bit(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Weight,
-        out_features: int,
-    ) -> Tensor:
-        from fourbit_cuda import linear
-
-        args = (x, offsets, *weight[:4], out_features, *weight[4:])
-        result: Tensor | None = self._run(linear.grouped, x.device, *args)
+        result: Tensor | None = self._run(linear.grouped, x.device, x, offsets, weight, out_features)
         return super().grouped_linear_4bit(x, offsets, weight, out_features) if result is None else result
 
 

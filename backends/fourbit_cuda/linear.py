@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.weight import Weight
 from fourbit_cuda import plan
 from fourbit_cuda.tile import Shape
 from fourbit_gpu import pieces
 from fourbit_gpu.device import DeviceProps
-from fourbit_gpu.elementwise import DTYPE_CODES
+from fourbit_gpu.elementwise import DTYPE_CODES, nested_addresses
 from fourbit_gpu.launcher import Launcher
-
-Optional = Tensor | None
 
 _Arrange = tuple[Callable[..., None], tuple[int, int, int], tuple[int, ...], int]
 """What lays x out first: launch, grid, last arguments, bytes of the result."""
@@ -32,20 +31,9 @@ ARRANGE_THREADS = 256
 _empty = torch.empty
 
 
-def linear(
-    launcher: Launcher,
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    out_features: int,
-    nested_absmax: Optional = None,
-    nested_code: Optional = None,
-    nested_offset: Optional = None,
-    bias: Optional = None,
-) -> Tensor:
+def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None = None) -> Tensor:
     """See `Backend.linear_4bit`."""
+    packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset = weight
     shape = x.shape
     k = shape[-1]
     m = x.numel() // k if k else 0
@@ -76,8 +64,7 @@ def linear(
             return out
     if m == 0:
         return x.new_empty((*shape[:-1], out_features))
-    weight = (packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
-    return pieces.linear(launcher, x.reshape(m, k), weight, out_features, bias).view(*shape[:-1], out_features)
+    return pieces.linear(launcher, x, weight, out_features, bias)
 
 
 def _prepare(
@@ -118,60 +105,27 @@ def _load(launcher: Launcher, shape: Shape) -> _Ready | None:
     return kernel.launch, chosen.grid, chosen.threads, chosen.shared_bytes, tail, overlapping, arrange
 
 
-def linear_grad(
-    launcher: Launcher,
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    in_features: int,
-    nested_absmax: Optional = None,
-    nested_code: Optional = None,
-    nested_offset: Optional = None,
-) -> Tensor:
-    """See `Backend.linear_4bit_grad`. At most about half of the weight is in 16 bit at a time."""
-    n = grad.shape[-1]
-    if grad.numel() == 0:
-        return grad.new_zeros((*grad.shape[:-1], in_features))
-    weight = (packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset)
-    out = pieces.linear_grad(launcher, grad.reshape(-1, n), weight, in_features)
-    return out.view(*grad.shape[:-1], in_features)
-
-
-def grouped(
-    launcher: Launcher,
-    x: Tensor,
-    offsets: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
-    out_features: int,
-    nested_absmax: Optional = None,
-    nested_code: Optional = None,
-    nested_offset: Optional = None,
-) -> Tensor | None:
+def grouped(launcher: Launcher, x: Tensor, offsets: Tensor, weight: Weight, out_features: int) -> Tensor | None:
     """See `Backend.grouped_linear_4bit`: all experts in one launch, without a look at the offsets; None if another
     way serves better (many rows an expert) or the kernel cannot run (`plan.fits_fused`, or an address)."""
+    packed, absmax, code, blocksize, *_ = weight
     m, k = x.shape
     experts = offsets.numel()
     if m == 0 or m > experts * plan.FUSED_ROWS:
         return None
-    key = (launcher, m, out_features, k, x.dtype, blocksize, nested_absmax is None, experts)
+    key = (launcher, m, out_features, k, x.dtype, blocksize, not weight.nested, experts)
     try:
         ready = _ready[key]
     except KeyError:
-        shape = Shape(m, out_features, k, DTYPE_CODES[x.dtype], blocksize, nested_absmax is not None, experts)
+        shape = Shape(m, out_features, k, DTYPE_CODES[x.dtype], blocksize, weight.nested, experts)
         ready = _ready[key] = _load(launcher, shape)
     if ready is None or (x.data_ptr() | packed.data_ptr() | absmax.data_ptr()) & 15:
         return None
     out = x.new_zeros(m, out_features)
     launch, grid, threads, shared, tail, *_ = ready
     ends = offsets.to(torch.int64)
-    nested = (0 if each is None else each.data_ptr() for each in (nested_absmax, nested_code, nested_offset))
     args = (
-        *(x.data_ptr(), packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), *nested),
+        *(x.data_ptr(), packed.data_ptr(), absmax.data_ptr(), code.data_ptr(), *nested_addresses(weight)),
         *(ends.data_ptr(), out.data_ptr(), *tail),
     )
     launch(grid, threads, shared, args)

@@ -14,7 +14,7 @@ from fourbit.weight import Weight
 if TYPE_CHECKING:
     from fourbit_gpu.launcher import Launcher
 
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
 
 
 class GpuBackend(Backend):
@@ -32,7 +32,7 @@ class GpuBackend(Backend):
     # ---- devices --------------------------------------------------------------------------------------------
 
     def _launcher(self, device: torch.device) -> Launcher:
-        index = device.index if device.index is not None else _current_device()
+        index = device.index if device.index is not None else current_device()
         found = self._launchers.get(index)
         if found is None:
             found = self._launchers[index] = self._new_launcher(index)
@@ -41,7 +41,7 @@ class GpuBackend(Backend):
     def _run(self, function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
         """`function(launcher, *args)` with `device` current."""
         launcher = self._launchers.get(device.index) or self._launcher(device)
-        if _current_device() == launcher.props.index:
+        if current_device() == launcher.props.index:
             return function(launcher, *args)
         with torch.cuda.device(launcher.props.index):
             return function(launcher, *args)
@@ -54,30 +54,25 @@ class GpuBackend(Backend):
         result: tuple[Tensor, Tensor] = self._run(elementwise.quantize, w.device, w, code, blocksize, signed_scale)
         return result
 
-    def dequantize_4bit(
-        self,
-        weight: Weight,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def dequantize_4bit(self, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         from fourbit_gpu import elementwise
 
-        args = (*weight[:4], shape, dtype, *weight[4:])
-        result: Tensor = self._run(elementwise.dequantize, weight.packed.device, *args)
+        result: Tensor = self._run(elementwise.dequantize, weight.packed.device, weight, shape, dtype)
         return result
 
     def embedding_4bit(
-        self,
-        ids: Tensor,
-        weight: Weight,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype,
+        self, ids: Tensor, weight: Weight, num_embeddings: int, embedding_dim: int, dtype: torch.dtype
     ) -> Tensor:
         from fourbit_gpu import elementwise
 
-        args = (ids, *weight[:4], num_embeddings, embedding_dim, dtype, *weight[4:])
+        args = (ids, weight, num_embeddings, embedding_dim, dtype)
         result: Tensor = self._run(elementwise.embedding, ids.device, *args)
+        return result
+
+    def linear_4bit_grad(self, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
+        from fourbit_gpu import pieces
+
+        result: Tensor = self._run(pieces.linear_grad, grad.device, grad, weight, in_features)
         return result
 
     def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:

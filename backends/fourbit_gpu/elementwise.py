@@ -13,13 +13,21 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fourbit.weight import Weight
 from fourbit_gpu.launcher import Launcher
 from fourbit_gpu.spec import KernelSpec
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """-DDTYPE: FB_F32, FB_BF16 and FB_F16 of shim.h."""
 
-Optional = Tensor | None
+
+def nested_addresses(weight: Weight) -> tuple[int, int, int]:
+    """Of nested_absmax, nested_code and nested_offset; zeros for plain scales."""
+    absmax, code, offset = weight[4:]
+    if absmax is None:
+        return 0, 0, 0
+    assert code is not None and offset is not None
+    return absmax.data_ptr(), code.data_ptr(), offset.data_ptr()
 
 
 @cache
@@ -91,16 +99,10 @@ DEQUANTIZE_TILE = 8 * DEQUANTIZE_THREADS * 2
 
 def dequantize(
     launcher: Launcher,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
+    weight: Weight,
     shape: Sequence[int],
     dtype: torch.dtype,
-    nested_absmax: Optional = None,
-    nested_code: Optional = None,
-    nested_offset: Optional = None,
-    out: Optional = None,
+    out: Tensor | None = None,
     first_block: int = 0,
 ) -> Tensor:
     """See `Backend.dequantize_4bit`.
@@ -109,24 +111,21 @@ def dequantize(
     part of the weight that starts with that block is decoded, `out.numel()` elements of it (a multiple of
     256 if the scales are double-quantized).
     """
+    packed, absmax, code, blocksize, *_ = weight
     if out is None:
         out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     count = out.numel()
     if count == 0:
         return out
-    source, scales, nested = packed.data_ptr(), absmax.data_ptr(), 0
-    nested_tables = (0, 0)
-    if nested_absmax is not None:
-        assert nested_code is not None and nested_offset is not None
-        nested = nested_absmax.data_ptr()
-        nested_tables = (nested_code.data_ptr(), nested_offset.data_ptr())
+    source, scales = packed.data_ptr(), absmax.data_ptr()
+    nested, *nested_tables = nested_addresses(weight)
     if first_block:
         if nested and first_block % 256:
             raise ValueError(f"first_block {first_block} is not the first of a group of 256 scales")
         source += first_block * blocksize // 2
         scales += first_block * absmax.element_size()
         nested += first_block // 256 * 4 if nested else 0
-    spec = dequantize_spec(out.dtype, nested_absmax is not None)
+    spec = dequantize_spec(out.dtype, weight.nested)
     args = (source, scales, code.data_ptr(), out.data_ptr(), count, blocksize.bit_length() - 1)
     blocks = -(-count // DEQUANTIZE_TILE)
     launcher.launch(spec, (blocks, 1, 1), DEQUANTIZE_THREADS, 0, (*args, nested, *nested_tables, int(source % 4 == 0)))
@@ -136,16 +135,10 @@ def dequantize(
 def embedding(
     launcher: Launcher,
     ids: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    blocksize: int,
+    weight: Weight,
     num_embeddings: int,
     embedding_dim: int,
     dtype: torch.dtype,
-    nested_absmax: Optional = None,
-    nested_code: Optional = None,
-    nested_offset: Optional = None,
 ) -> Tensor:
     """See `Backend.embedding_4bit`. An id out of range is a device-side assertion."""
     rows = ids.numel()
@@ -155,14 +148,15 @@ def embedding(
     chunks = -(-embedding_dim // 8)
     log_lanes = min((chunks - 1).bit_length(), 8)
     blocks = -(-rows // (256 >> log_lanes))
+    packed, absmax, code, blocksize, *_ = weight
     source = packed.data_ptr()
     args = (
         *(ids.data_ptr(), source, absmax.data_ptr(), code.data_ptr(), out.data_ptr()),
         *(rows, embedding_dim, num_embeddings, blocksize.bit_length() - 1),
-        *(0 if each is None else each.data_ptr() for each in (nested_absmax, nested_code, nested_offset)),
+        *nested_addresses(weight),
         *(log_lanes, int(source % 4 == 0 and embedding_dim % 8 == 0)),
     )
-    spec = embedding_spec(dtype, nested_absmax is not None, ids.dtype is torch.int64)
+    spec = embedding_spec(dtype, weight.nested, ids.dtype is torch.int64)
     launcher.launch(spec, (blocks, 1, 1), 256, 0, args)
     return out
 

@@ -16,8 +16,6 @@ from fourbit_gpu.backend import GpuBackend
 if TYPE_CHECKING:
     from fourbit_rocm.driver import RocmLauncher
 
-Optional = Tensor | None
-
 
 class RocmBackend(GpuBackend):
     """AMD GPUs: CDNA 2 to 4 with waves of 64 lanes, RDNA 2 to 4 with waves of 32."""
@@ -64,27 +62,10 @@ class RocmBackend(GpuBackend):
 
         return launcher(index)
 
-    def linear_4bit(
-        self,
-        x: Tensor,
-        weight: Weight,
-        out_features: int,
-        bias: Optional = None,
-    ) -> Tensor:
+    def linear_4bit(self, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None = None) -> Tensor:
         from fourbit_rocm import linear
 
-        result: Tensor = self._run(linear.linear, x.device, x, linear.Weight(*weight), out_features, bias)
-        return result
-
-    def linear_4bit_grad(
-        self,
-        grad: Tensor,
-        weight: Weight,
-        in_features: int,
-    ) -> Tensor:
-        from fourbit_rocm import linear
-
-        result: Tensor = self._run(linear.linear_grad, grad.device, grad, linear.Weight(*weight), in_features)
+        result: Tensor = self._run(linear.linear, x.device, x, weight, out_features, bias)
         return result
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from fourbit.backend import OpQuery
+from fourbit.weight import Weight
 from fourbit_gpu import elementwise, pieces
 from fourbit_gpu.elementwise import DTYPE_CODES
 from fourbit_gpu.launcher import Launcher
@@ -22,32 +22,6 @@ FUSED_ROWS = 16
 THREADS = 256
 VECTOR_ROWS = 4
 """Outputs that a wave of linear_vector.cu computes at a time; with many rows of x, registers allow only two."""
-
-Optional = Tensor | None
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight as the ops pass it; see `Backend`."""
-
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
-    blocksize: int
-    nested_absmax: Optional = None
-    nested_code: Optional = None
-    nested_offset: Optional = None
-
-    @property
-    def parts(self) -> pieces.Weight:
-        """As `pieces` takes it."""
-        nested = (self.nested_absmax, self.nested_code, self.nested_offset)
-        return (self.packed, self.absmax, self.code, self.blocksize, *nested)
-
-    def addresses(self) -> tuple[int, ...]:
-        """Of packed, absmax, code and the nested tensors, 0 for none."""
-        each = (self.packed, self.absmax, self.code, self.nested_absmax, self.nested_code, self.nested_offset)
-        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in each)
 
 
 @cache
@@ -77,7 +51,7 @@ def path(arch: int, dtype: torch.dtype, m: int, k: int, blocksize: int) -> str:
     return "mfma" if exact else "vector"
 
 
-def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Optional) -> Tensor:
+def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None) -> Tensor:
     """See `Backend.linear_4bit`."""
     k = x.shape[-1]
     m = x.numel() // k if k else 0
@@ -88,16 +62,18 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
     if x.data_ptr() % 16 or packed % (16 if chosen == "mfma" else 4):
         chosen = "pieces"
     if chosen == "pieces":
-        out = pieces.linear(launcher, x.reshape(m, k), weight.parts, out_features, bias)
-        return out.view(*x.shape[:-1], out_features)
+        return pieces.linear(launcher, x, weight, out_features, bias)
     out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
-    packed, absmax, code, *nested = weight.addresses()
-    args = (x.data_ptr(), packed, absmax, code, *nested, 0 if bias is None else bias.data_ptr(), out.data_ptr())
-    shift, is_nested = weight.blocksize.bit_length() - 1, weight.nested_absmax is not None
+    args = (
+        *(x.data_ptr(), packed, weight.absmax.data_ptr(), weight.code.data_ptr()),
+        *elementwise.nested_addresses(weight),
+        *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
+    )
+    shift = weight.blocksize.bit_length() - 1
     if chosen == "mfma":
-        spec, tiles, sizes = mfma_spec(x.dtype, is_nested), -(-out_features // 16), (m, out_features, k, shift)
+        spec, tiles, sizes = mfma_spec(x.dtype, weight.nested), -(-out_features // 16), (m, out_features, k, shift)
     else:
-        spec = vector_spec(x.dtype, is_nested, m)
+        spec = vector_spec(x.dtype, weight.nested, m)
         rows = dict(spec.defines)["ROWS"]
         tiles = -(-out_features // (int(rows) * (THREADS // launcher.props.warp_size)))
         sizes = (m, out_features, k, shift)
@@ -105,14 +81,6 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
     blocks = min(tiles, elementwise.resident(launcher, spec, THREADS))
     launcher.launch(spec, (blocks, 1, 1), THREADS, 0, (*args, *sizes))
     return out
-
-
-def linear_grad(launcher: Launcher, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
-    """See `Backend.linear_4bit_grad`. At most about half of the weight is in 16 bit at a time."""
-    if grad.numel() == 0:
-        return grad.new_zeros((*grad.shape[:-1], in_features))
-    out = pieces.linear_grad(launcher, grad.reshape(-1, grad.shape[-1]), weight.parts, in_features)
-    return out.view(*grad.shape[:-1], in_features)
 
 
 def describe(query: OpQuery, shape: Sequence[int], arch: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import fourbit_gpu
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES
 from fourbit_cuda import libraries, plan, targets
+from fourbit_cuda.tile import Shape
 from fourbit_gpu import elementwise
 from fourbit_gpu.compilation import CompileError
 from fourbit_gpu.device import DeviceProps
@@ -62,7 +63,7 @@ def linear_specs(arch: int) -> list[KernelSpec]:
         for rows in (1, 5, 16, 64):
             for dtype in DTYPES:
                 for blocksize, nested in ((64, False), (64, True), (32, False), (256, False)):
-                    shape = plan.Shape(rows, n, k, elementwise.DTYPE_CODES[dtype], blocksize, nested)
+                    shape = Shape(rows, n, k, elementwise.DTYPE_CODES[dtype], blocksize, nested)
                     chosen = plan.plan_linear(props_of(arch), shape)
                     if chosen is not None:
                         found[chosen.spec] = None

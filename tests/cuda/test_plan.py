@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fourbit_cuda import plan
+from fourbit_cuda.tile import Shape
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.pieces import piece_columns
 
@@ -40,8 +41,8 @@ every_device = pytest.mark.parametrize("props", DEVICES, ids=lambda props: f"{pr
 SHAPES = [(64, 64), (1, 256), (17, 192), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672), (151936, 896)]
 
 
-def shape(m: int, n: int, k: int, **change: object) -> plan.Shape:
-    return replace(plan.Shape(m, n, k, 1, 64, False), **change)
+def shape(m: int, n: int, k: int, **change: object) -> Shape:
+    return replace(Shape(m, n, k, 1, 64, False), **change)
 
 
 def covered(chosen: plan.Plan, n: int, split: int) -> bool:

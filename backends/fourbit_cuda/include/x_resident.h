@@ -28,7 +28,9 @@ struct X {
     __device__ __forceinline__ void fetch(const Share&, u32, u32) {}
     __device__ __forceinline__ void locate(const Share& s) { ::locate(start, s, ring, stride, columns); }
     __device__ __forceinline__ void meet() const { wave_barrier(); }
-    __device__ __forceinline__ void place(Place& here, const Share&, u32 step, u32) const { move(here, start, step * (2 * SLICE)); }
+    __device__ __forceinline__ void place(Place& here, const Share&, u32 step, u32) const {
+        move(here, start, step * (2 * SLICE));
+    }
     __device__ __forceinline__ u32 wait(u32, u32) const { return 0; }
     __device__ __forceinline__ void release(const Share&, u32) const {}
     __device__ __forceinline__ void sums_read() const {}

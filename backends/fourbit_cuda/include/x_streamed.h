@@ -25,7 +25,9 @@ struct X {
     }
     __device__ __forceinline__ void locate(const Share& s) { ::locate(start, s, ring, X_STRIDE, columns); }
     __device__ __forceinline__ void meet() const { block_barrier(); }
-    __device__ __forceinline__ void place(Place& here, const Share&, u32, u32 slot) const { move(here, start, slot * X_BYTES); }
+    __device__ __forceinline__ void place(Place& here, const Share&, u32, u32 slot) const {
+        move(here, start, slot * X_BYTES);
+    }
     __device__ __forceinline__ u32 wait(u32, u32) const { return 0; }
     __device__ __forceinline__ void release(const Share&, u32) const {}
     __device__ __forceinline__ void sums_read() const {}

@@ -9,7 +9,13 @@
 // Defines: DTYPE, BLOCKSIZE, NESTED, RT, NT (n8 tiles of x rows), WR, WK, KW (64, 128 or 256), STAGES, SPLIT,
 // RESIDENT (1: all of x stays in shared memory; 0: it streams too), EVEN (K is a multiple of KW), GROUPED, WGMMA (1:
 // groups of four warps multiply on sm_90a's asynchronous unit, which reads x from shared memory itself), WIDE
-// (1: a layout of the table that saves instructions and takes twice the space; KW = 256).
+// (1: a layout of the table that saves instructions and takes twice the space; KW = 256); and those of `Layout` in
+// tile.py.
+
+// A struct X each, with the same functions: `init` for a block; then, for a part of x, `fetch_once` (with the first
+// slice) and `fetch` (with each) start copies, `locate` follows when the first have been asked for; for a slice `meet`
+// (all that it needs from other warps), `place` (its address), `wait` (its bytes are there; gives the bits of `parity`
+// to turn) and `release` (this warp is done with it); `sums_read` before x takes the place of sums again.
 #if WGMMA
 #include "x_bulk.h"
 #elif RESIDENT

@@ -36,8 +36,6 @@ struct __attribute__((aligned(16))) u32x4 {
 #if FB_HIP
 FB_DEVICE u32 load_once(const u32* p) { return __builtin_nontemporal_load(p); }
 FB_DEVICE u32x4 load_once(const u32x4* p) { return *p; }
-FB_DEVICE void store_once(u32* p, u32 v) { __builtin_nontemporal_store(v, p); }
-FB_DEVICE void store_once(u32x4* p, u32x4 v) { *p = v; }
 #else
 FB_DEVICE u32 load_once(const u32* p) {
     u32 v;
@@ -50,11 +48,6 @@ FB_DEVICE u32x4 load_once(const u32x4* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
     return v;
-}
-FB_DEVICE void store_once(u32* p, u32 v) { asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-FB_DEVICE void store_once(u32x4* p, u32x4 v) {
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
 }
 #endif
 
@@ -72,13 +65,11 @@ FB_DEVICE float add_rn(float a, float b) {
 #pragma clang fp contract(off)
     return a + b;
 }
-FB_DEVICE float div_rn(float a, float b) { return a / b; }
 FB_DEVICE float reciprocal_rn(float a) { return 1.0f / a; }
 FB_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
 FB_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 FB_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
-FB_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 FB_DEVICE float reciprocal_rn(float a) { return __frcp_rn(a); }
 FB_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 #endif

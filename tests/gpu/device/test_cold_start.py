@@ -53,7 +53,6 @@ def test_an_arch_newer_than_nvrtc(device, monkeypatch, tmp_path):
     monkeypatch.setattr(libraries, "known_archs", lambda: known)
     fresh = CudaLauncher(device.index)
     weight = make_weight(100, 77, double_quant=True)
-    args = (*weight.args(device), weight.shape, torch.bfloat16, *weight.nested_args(device))
-    out = elementwise.dequantize(fresh, *args)
+    out = elementwise.dequantize(fresh, weight.weight(device), weight.shape, torch.bfloat16)
     assert_same_bits(out, weight.dense(torch.bfloat16), "through PTX")
     assert targets.target(own).is_ptx == (known != (own,))

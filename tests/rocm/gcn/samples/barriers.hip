@@ -57,7 +57,7 @@ FB_KERNEL(256) diverges(const u32* in, u32* out) {
     out[threadIdx.x] = steps;
 }
 
-FB_KERNEL(256) divides(const float* in, float* out) { out[threadIdx.x] = div_rn(in[2 * threadIdx.x], in[2 * threadIdx.x + 1]); }
+FB_KERNEL(256) divides(const float* in, float* out) { out[threadIdx.x] = in[2 * threadIdx.x] / in[2 * threadIdx.x + 1]; }
 
 FB_KERNEL(256) counts(const u32* in, u32* out) { out[threadIdx.x] = block_count(in[threadIdx.x] % 3 == 0); }
 
