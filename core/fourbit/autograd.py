@@ -78,8 +78,8 @@ class _Product(_SingleLevelFunction):
     def forward(
         ctx: Any, op: Operation, x: Tensor, bias: Tensor | None, offsets: Tensor | None, weight: Weight, width: int
     ) -> Tensor:
-        packed, absmax, code, ctx.blocksize, *nested = weight
-        tensors = (packed, absmax, code, *nested, offsets)
+        packed, absmax, code, ctx.blocksize, a, b, c = weight
+        tensors = (packed, absmax, code, a, b, c, offsets)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.op, ctx.shape, ctx.width = op, x.shape, width
@@ -107,8 +107,8 @@ _apply: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
 
 
 def _saved(ctx: Any) -> tuple[Tensor | None, Weight]:
-    packed, absmax, code, *nested, offsets = ctx.saved_tensors
-    return offsets, _new(Weight, (packed, absmax, code, ctx.blocksize, *nested))
+    packed, absmax, code, a, b, c, offsets = ctx.saved_tensors
+    return offsets, _new(Weight, (packed, absmax, code, ctx.blocksize, a, b, c))
 
 
 def _product(
@@ -116,12 +116,14 @@ def _product(
 ) -> Tensor:
     """The op itself, through torch's dispatcher."""
     call = _calls[op.name]
-    packed, absmax, code, blocksize, *nested = weight
+    packed, absmax, code, blocksize, a, b, c = weight
     if offsets is not None:
-        return call(x, offsets, packed, absmax, code, blocksize, width, *nested)
-    if bias is None:
-        return call(x, packed, absmax, code, blocksize, width, *nested)
-    return call(x, packed, absmax, code, blocksize, width, *nested, bias)
+        return call(x, offsets, packed, absmax, code, blocksize, width, a, b, c)
+    if bias is not None:
+        return call(x, packed, absmax, code, blocksize, width, a, b, c, bias)
+    if a is not None:
+        return call(x, packed, absmax, code, blocksize, width, a, b, c)
+    return call(x, packed, absmax, code, blocksize, width)  # fewer arguments, a third of a microsecond less
 
 
 def _differentiable(op: Operation) -> Callable[..., Tensor]:

@@ -198,6 +198,14 @@ class Backend:
             start = max(start, end)
         return out
 
+    def quantize_4bit_scaled(self, w: Tensor, code: Tensor, blocksize: int, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """`quantize_4bit` with finite scales (float32, one a block) in place of absmax: `(packed, scales)`.
+
+        The same rule: w times 1/scale (below 2^-126 w/scale) takes the nearest entry, beyond the table its ends; a
+        scale of zero gives the code of zero. The scales come back 1-D, with NaN for a block with NaN or Inf.
+        """
+        return numerics.quantize_4bit(w, code, blocksize, scales=scales)
+
     def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         """Quantize x to 8 bits: `(codes, absmax)`, codes uint8 in x's shape, absmax float32 [ceil(n/blocksize)].
 

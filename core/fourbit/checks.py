@@ -82,6 +82,18 @@ def group_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
             raise ValueError(f"{op}: offsets must rise from 0 to at most {x.shape[0]} rows, got {offsets.tolist()}")
 
 
+def given_scales(op: str, scales: Tensor, w: Tensor, size: int) -> None:
+    """Scales that take the place of absmax in quantizing `w`; whether they are finite is not looked at."""
+    blocks = -(-w.numel() // size)
+    if scales.dtype != torch.float32 or scales.numel() != blocks:
+        raise ValueError(
+            f"{op}: scales must be float32 with {blocks} elements, one a block of {size},"
+            f" got {scales.dtype} {list(scales.shape)}"
+        )
+    if scales.device != w.device:
+        wrong_device(op, "scales", scales, w.device)
+
+
 def blockwise(op: str, codes: Tensor, absmax: Tensor, table: Tensor, size: int) -> None:
     """The arguments of `dequantize_blockwise`."""
     blocksize(op, size)

@@ -10,11 +10,12 @@ from torch import Tensor
 from fourbit import autograd as _autograd  # noqa: F401  (registers the derivatives)
 from fourbit import checks, codebooks, dispatch
 from fourbit import vmap as _vmap  # noqa: F401  (registers the rules)
+from fourbit.scales import DOUBLE, FLOAT32, NESTED_BLOCKSIZE
 from fourbit.state import QuantState
 
 _quantize: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fourbit.quantize_4bit.default
 _dequantize: Callable[..., Tensor] = torch.ops.fourbit.dequantize_4bit.default
-_double_quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fourbit.double_quantize.default
+_quantize_scaled: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fourbit.quantize_4bit_scaled.default
 _linear: Callable[..., Tensor] = torch.ops.fourbit.linear_4bit.default
 _embedding: Callable[..., Tensor] = torch.ops.fourbit.embedding_4bit.default
 _grouped: Callable[..., Tensor] = torch.ops.fourbit.grouped_linear_4bit.default
@@ -27,7 +28,12 @@ class NonFiniteError(ValueError):
 
 
 def quantize_4bit(
-    w: Tensor, *, quant_type: str = "nf4", blocksize: int | None = None, double_quant: bool = False
+    w: Tensor,
+    *,
+    quant_type: str = "nf4",
+    blocksize: int | None = None,
+    double_quant: bool = False,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, QuantState]:
     """Quantize a tensor to 4 bits, blockwise by absolute maximum (QLoRA, arXiv 2305.14314).
 
@@ -37,6 +43,9 @@ def quantize_4bit(
         blocksize: consecutive elements that share a scale, a power of two from 32 to 4096; None takes the
             default of the backend that serves w's device.
         double_quant: store the scales in 8 bits too: 4.127 bits an element instead of 4.5 at blocksize 64.
+        scales: finite scales, float32, one a block, on w's device, to use in place of each block's absolute maximum
+            (a calibration's, say); None takes the maxima. A scale of zero gives zeros. With `double_quant` they are
+            encoded first, and codes are chosen against the decoded scales, those that dequantization will use.
 
     Returns:
         `(packed, state)`: uint8 [ceil(n/2), 1], and the QuantState needed to read it.
@@ -53,11 +62,24 @@ def quantize_4bit(
         blocksize = dispatch.default_blocksize(w.device)
     checks.blocksize("quantize_4bit", blocksize)
     code = codebook.tensor(w.device)
-    packed, absmax = _quantize(w.detach(), code, blocksize, codebook.signed_scale)
-    nested: Sequence[Tensor] = ()
-    if double_quant:
-        absmax, *nested = _double_quantize(absmax, codebooks.dynamic_map(w.device))
+    scale_format = DOUBLE if double_quant else FLOAT32
+    if scales is None:
+        packed, absmax = _quantize(w.detach(), code, blocksize, codebook.signed_scale)
+    else:
+        _want_tensor("quantize_4bit", "scales", scales)
+        checks.given_scales("quantize_4bit", scales, w, blocksize)
+        scales = scales.detach().reshape(-1)
+        packed, marked = _quantize_scaled(w.detach(), code, blocksize, _used(*scale_format.encode(scales)))
+        absmax = torch.where(marked.isnan(), marked, scales)  # NaN: a block with NaN or Inf
+    absmax, *nested = scale_format.encode(absmax)
     return packed, QuantState(absmax, torch.Size(w.shape), code, blocksize, codebook.name, w.dtype, *nested)
+
+
+def _used(codes: Tensor, nested_absmax: Tensor | None, table: Tensor | None, offset: Tensor | None) -> Tensor:
+    """`scales.decode`, by an op that torch.compile sees whole."""
+    if nested_absmax is None or table is None or offset is None:
+        return codes
+    return _dequantize_blockwise(codes, nested_absmax, table, NESTED_BLOCKSIZE, torch.float32) + offset
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:

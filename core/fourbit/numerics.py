@@ -21,8 +21,8 @@ CHUNK = 1 << 21
 SMALLEST_NORMAL = 2.0**-126
 
 
-def normalize_blocks(blocks: Tensor, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    """Scale each row of `blocks` (float32 [b, blocksize]) by its absmax.
+def normalize_blocks(blocks: Tensor, signed_scale: bool = False, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale each row of `blocks` (float32 [b, blocksize]) by its absmax, or by the scale that is given for it.
 
     Returns `(normalized, absmax)`. A row of zeros, or with NaN or Inf, normalizes to zeros; the latter's
     absmax is NaN.
@@ -31,6 +31,8 @@ def normalize_blocks(blocks: Tensor, signed_scale: bool = False) -> tuple[Tensor
     absmax = torch.maximum(high, -low)
     if signed_scale:
         absmax = torch.where(high >= -low, absmax, low)
+    if scales is not None:
+        absmax = torch.where(absmax < torch.inf, scales, torch.nan)
     magnitude = absmax.abs()
     ordinary = (magnitude >= SMALLEST_NORMAL) & (magnitude < torch.inf)
     inverse = torch.ones_like(absmax) / absmax
@@ -80,14 +82,17 @@ def _as_blocks(part: Tensor, blocksize: int) -> Tensor:
 
 
 @subnormals_kept
-def quantize_4bit(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool) -> tuple[Tensor, Tensor]:
-    """See `Backend.quantize_4bit`."""
+def quantize_4bit(
+    w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.quantize_4bit`, and `Backend.quantize_4bit_scaled` for scales that are given."""
     flat = w.reshape(-1)
     count = flat.numel()
     packed = torch.empty(-(-count // 2), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=w.device)
     for start, end in chunks(count, blocksize):
-        normalized, scale = normalize_blocks(_as_blocks(flat[start:end], blocksize), signed_scale)
+        given = None if scales is None else scales.reshape(-1)[start // blocksize : -(-end // blocksize)]
+        normalized, scale = normalize_blocks(_as_blocks(flat[start:end], blocksize), signed_scale, given)
         absmax[start // blocksize : start // blocksize + scale.numel()] = scale
         # the zeros that fill a short block take the code of zero, and so does an odd count's last nibble
         codes = nearest(normalized, code).view(-1)[: end - start + (end - start) % 2]

@@ -22,6 +22,9 @@ from fourbit.weight import Weight
 Key = tuple[torch.device, torch.dtype, int, bool]
 """Of the dispatch tables: device, dtype, blocksize, and whether the scales are nested."""
 
+Call = tuple[Key, tuple[Any, ...]]
+"""What a check returns: where to look for the method, and its arguments."""
+
 _WEIGHT = "Weight weight"
 _FLAT = ["Tensor packed", "Tensor absmax", "Tensor code", "int blocksize"]
 _NESTED = ["Tensor? nested_absmax=None", "Tensor? nested_code=None", "Tensor? nested_offset=None"]
@@ -50,7 +53,7 @@ class Operation:
     name: str
     arguments: str
     returns: str
-    check: Callable[..., tuple[Key, tuple[Any, ...]]]
+    check: Callable[..., Call]
     fake: Callable[..., Any]
     composition: str | None = None
     needs: str | None = None
@@ -85,93 +88,61 @@ class Operation:
         return f"{self.name}({', '.join(self.flat)}) -> {self.returns}"
 
 
-def _ceil_div(count: Any, size: int) -> Any:
-    return (count + size - 1) // size  # also of a symbolic count
+# ---- checks: the dispatch key, and the arguments as a backend may rely on them --------------------------------
 
 
-# ---- quantizing -----------------------------------------------------------------------------------------
-
-
-def _check_quantize(
-    op: str, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False
-) -> tuple[Key, tuple[Any, ...]]:
+def _check_quantize(op: str, w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False) -> Call:
     checks.source(op, "w", w)
     checks.blocksize(op, blocksize)
     checks.code(op, code, 16, w.device)
     return (w.device, w.dtype, blocksize, False), (w.contiguous(), code.contiguous(), blocksize, signed_scale)
 
 
-def _fake_quantize(w: Tensor, code: Tensor, blocksize: int, signed_scale: bool = False) -> tuple[Tensor, Tensor]:
-    checks.source("quantize_4bit", "w", w)
-    checks.blocksize("quantize_4bit", blocksize)
-    n = w.numel()
-    absmax = w.new_empty((_ceil_div(n, blocksize),), dtype=torch.float32)
-    return w.new_empty(((n + 1) // 2, 1), dtype=torch.uint8), absmax
+def _check_quantize_scaled(op: str, w: Tensor, code: Tensor, blocksize: int, scales: Tensor) -> Call:
+    key, (w, code, *_) = _check_quantize(op, w, code, blocksize)
+    checks.given_scales(op, scales, w, blocksize)
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError(f"{op}: scales must be finite")
+    return key, (w, code, blocksize, scales.contiguous())
 
 
-def _check_quantize_blockwise(op: str, x: Tensor, code: Tensor, blocksize: int) -> tuple[Key, tuple[Any, ...]]:
+def _check_quantize_blockwise(op: str, x: Tensor, code: Tensor, blocksize: int) -> Call:
     checks.source(op, "x", x)
     checks.blocksize(op, blocksize)
     checks.code(op, code, 256, x.device)
     return (x.device, x.dtype, blocksize, False), (x.contiguous(), code.contiguous(), blocksize)
 
 
-def _fake_quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    absmax = x.new_empty((_ceil_div(x.numel(), blocksize),), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.uint8), absmax
-
-
-def _check_double_quantize(op: str, absmax: Tensor, code: Tensor) -> tuple[Key, tuple[Any, ...]]:
+def _check_double_quantize(op: str, absmax: Tensor, code: Tensor) -> Call:
     checks.source(op, "absmax", absmax)
     checks.code(op, code, 256, absmax.device)
     return (absmax.device, torch.float32, NESTED_BLOCKSIZE, False), (absmax.float(), code.clone())
 
 
-def _fake_double_quantize(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = absmax.numel()
-    return (
-        absmax.new_empty((n,), dtype=torch.uint8),
-        absmax.new_empty((_ceil_div(n, NESTED_BLOCKSIZE),), dtype=torch.float32),
-        absmax.new_empty((256,), dtype=torch.float32),
-        absmax.new_empty((), dtype=torch.float32),
-    )
-
-
-# ---- dequantizing ---------------------------------------------------------------------------------------
-
-
-def _check_dequantize(op: str, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> tuple[Key, tuple[Any, ...]]:
+def _check_dequantize(op: str, weight: Weight, shape: Sequence[int], dtype: torch.dtype) -> Call:
     checks.compute_dtype(op, dtype)
     device = weight.packed.device
     weight = weight.checked(op, prod(shape), device)
     return (device, dtype, weight.blocksize, weight.nested), (weight, shape, dtype)
 
 
-def _check_embedding(
-    op: str, ids: Tensor, weight: Weight, num_embeddings: int, embedding_dim: int, dtype: torch.dtype
-) -> tuple[Key, tuple[Any, ...]]:
+def _check_embedding(op: str, ids: Tensor, weight: Weight, rows: int, dim: int, dtype: torch.dtype) -> Call:
     checks.compute_dtype(op, dtype)
     checks.integers(op, "ids", ids)
-    weight = weight.checked(op, num_embeddings * embedding_dim, ids.device)
-    key = (ids.device, dtype, weight.blocksize, weight.nested)
-    return key, (ids.contiguous(), weight, num_embeddings, embedding_dim, dtype)
+    weight = weight.checked(op, rows * dim, ids.device)
+    return (ids.device, dtype, weight.blocksize, weight.nested), (ids.contiguous(), weight, rows, dim, dtype)
 
 
 def _check_dequantize_blockwise(
     op: str, codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
-) -> tuple[Key, tuple[Any, ...]]:
+) -> Call:
     checks.compute_dtype(op, dtype)
     checks.blockwise(op, codes, absmax, code, blocksize)
-    key = (codes.device, dtype, blocksize, False)
-    return key, (codes.contiguous(), absmax.contiguous(), code.contiguous(), blocksize, dtype)
+    tensors = (codes.contiguous(), absmax.contiguous(), code.contiguous())
+    return (codes.device, dtype, blocksize, False), (*tensors, blocksize, dtype)
 
 
-# ---- products -------------------------------------------------------------------------------------------
-
-
-def _check_linear(
-    op: str, x: Tensor, weight: Weight, width: int, bias: Tensor | None = None
-) -> tuple[Key, tuple[Any, ...]]:
+def _check_linear(op: str, x: Tensor, weight: Weight, width: int, bias: Tensor | None = None) -> Call:
     checks.activations(op, "grad" if op.endswith("grad") else "x", x)
     weight = weight.checked(op, width * x.shape[-1], x.device)
     key = (x.device, x.dtype, weight.blocksize, weight.nested)
@@ -181,7 +152,7 @@ def _check_linear(
     return key, (x.contiguous(), weight, width, bias.contiguous())
 
 
-def _check_grouped(op: str, x: Tensor, offsets: Tensor, weight: Weight, width: int) -> tuple[Key, tuple[Any, ...]]:
+def _check_grouped(op: str, x: Tensor, offsets: Tensor, weight: Weight, width: int) -> Call:
     checks.activations(op, "grad" if op.endswith("grad") else "x", x)
     checks.integers(op, "offsets", offsets)
     checks.group_offsets(op, offsets, x)
@@ -190,97 +161,119 @@ def _check_grouped(op: str, x: Tensor, offsets: Tensor, weight: Weight, width: i
     return key, (x.contiguous(), offsets.contiguous(), weight, width)
 
 
-def _fake_linear(x: Tensor, weight: Weight, width: int, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], width))
+# ---- results of the right shape and dtype, also of symbolic sizes ---------------------------------------------
 
 
-def _fake_grouped(x: Tensor, offsets: Tensor, weight: Weight, width: int) -> Tensor:
-    return x.new_empty((x.shape[0], width))
+def _fake_scales(x: Tensor, blocksize: int) -> Tensor:
+    return x.new_empty(((x.numel() + blocksize - 1) // blocksize,), dtype=torch.float32)
 
 
-_product = partial(Operation, returns="Tensor", needs="dequantize_4bit")
-_linear = partial(_product, check=_check_linear, fake=_fake_linear, rows="leading")
-_grouped = partial(_product, check=_check_grouped, fake=_fake_grouped, rows="experts")
+def _fake_quantize(w: Tensor, code: Tensor, blocksize: int, *_: object) -> tuple[Tensor, Tensor]:
+    checks.source("quantize_4bit", "w", w)
+    checks.blocksize("quantize_4bit", blocksize)
+    return w.new_empty(((w.numel() + 1) // 2, 1), dtype=torch.uint8), _fake_scales(w, blocksize)
+
+
+def _fake_double_quantize(absmax: Tensor, code: Tensor) -> tuple[Tensor, ...]:
+    codes = absmax.new_empty((absmax.numel(),), dtype=torch.uint8)
+    return codes, _fake_scales(absmax, NESTED_BLOCKSIZE), code.new_empty((256,)), code.new_empty(())
+
+
+# ---- the records ----------------------------------------------------------------------------------------------
+
 _BY_EXPERT = "dequantize_4bit and torch's matmul, expert by expert"
 _PLAIN = "the reference's plain torch"
+_quantizing = partial(Operation, returns="(Tensor, Tensor)")
+_decoding = partial(Operation, returns="Tensor")
+_composed = partial(Operation, returns="Tensor", needs="dequantize_4bit")
+_linear = partial(
+    _composed,
+    check=_check_linear,
+    fake=lambda x, weight, width, bias=None: x.new_empty((*x.shape[:-1], width)),
+    rows="leading",
+)
+_grouped = partial(
+    _composed,
+    check=_check_grouped,
+    fake=lambda x, offsets, weight, width: x.new_empty((x.shape[0], width)),
+    rows="experts",
+    composition=_BY_EXPERT,
+)
 
-OPERATIONS: dict[str, Operation] = {
-    each.name: each
-    for each in (
-        Operation(
-            name="quantize_4bit",
-            arguments="Tensor w, Tensor code, int blocksize, bool signed_scale=False",
-            returns="(Tensor, Tensor)",
-            check=_check_quantize,
-            fake=_fake_quantize,
-        ),
-        Operation(
-            name="dequantize_4bit",
-            arguments="Weight weight, SymInt[] shape, ScalarType dtype",
-            returns="Tensor",
-            check=_check_dequantize,
-            fake=lambda weight, shape, dtype: weight.packed.new_empty(tuple(shape), dtype=dtype),
-        ),
-        _linear(
-            name="linear_4bit",
-            arguments="Tensor x, Weight weight, SymInt out_features, Tensor? bias=None",
-            composition="dequantize_4bit, then torch's linear",
-            transposed="linear_4bit_grad",
-            autocast=True,
-        ),
-        _linear(
-            name="linear_4bit_grad",
-            arguments="Tensor grad, Weight weight, SymInt in_features",
-            composition="dequantize_4bit, then torch's matmul",
-            transposed="linear_4bit",
-        ),
-        Operation(
-            name="embedding_4bit",
-            arguments="Tensor ids, Weight weight, SymInt num_embeddings, SymInt embedding_dim, ScalarType dtype",
-            returns="Tensor",
-            check=_check_embedding,
-            fake=lambda ids, weight, rows, dim, dtype: ids.new_empty((*ids.shape, dim), dtype=dtype),
-            composition="dequantize_4bit, then torch's embedding",
-            needs="dequantize_4bit",
-            rows="all",
-        ),
-        _grouped(
-            name="grouped_linear_4bit",
-            arguments="Tensor x, Tensor offsets, Weight weight, SymInt out_features",
-            composition=_BY_EXPERT,
-            transposed="grouped_linear_4bit_grad",
-            autocast=True,
-        ),
-        _grouped(
-            name="grouped_linear_4bit_grad",
-            arguments="Tensor grad, Tensor offsets, Weight weight, SymInt in_features",
-            composition=_BY_EXPERT,
-            transposed="grouped_linear_4bit",
-        ),
-        Operation(
-            name="quantize_blockwise",
-            arguments="Tensor x, Tensor code, int blocksize",
-            returns="(Tensor, Tensor)",
-            check=_check_quantize_blockwise,
-            fake=_fake_quantize_blockwise,
-            composition=_PLAIN,
-        ),
-        Operation(
-            name="dequantize_blockwise",
-            arguments="Tensor codes, Tensor absmax, Tensor code, int blocksize, ScalarType dtype",
-            returns="Tensor",
-            check=_check_dequantize_blockwise,
-            fake=lambda codes, absmax, code, blocksize, dtype: codes.new_empty(codes.shape, dtype=dtype),
-            composition=_PLAIN,
-        ),
-        Operation(
-            name="double_quantize",
-            arguments="Tensor absmax, Tensor code",
-            returns="(Tensor, Tensor, Tensor, Tensor)",
-            check=_check_double_quantize,
-            fake=_fake_double_quantize,
-            method=False,
-        ),
-    )
-}
+_ALL = (
+    _quantizing(
+        "quantize_4bit",
+        "Tensor w, Tensor code, int blocksize, bool signed_scale=False",
+        check=_check_quantize,
+        fake=_fake_quantize,
+    ),
+    _quantizing(
+        "quantize_4bit_scaled",
+        "Tensor w, Tensor code, int blocksize, Tensor scales",
+        check=_check_quantize_scaled,
+        fake=_fake_quantize,
+        composition=_PLAIN,
+    ),
+    _decoding(
+        "dequantize_4bit",
+        "Weight weight, SymInt[] shape, ScalarType dtype",
+        check=_check_dequantize,
+        fake=lambda weight, shape, dtype: weight.packed.new_empty(tuple(shape), dtype=dtype),
+    ),
+    _linear(
+        "linear_4bit",
+        "Tensor x, Weight weight, SymInt out_features, Tensor? bias=None",
+        composition="dequantize_4bit, then torch's linear",
+        transposed="linear_4bit_grad",
+        autocast=True,
+    ),
+    _linear(
+        "linear_4bit_grad",
+        "Tensor grad, Weight weight, SymInt in_features",
+        composition="dequantize_4bit, then torch's matmul",
+        transposed="linear_4bit",
+    ),
+    _composed(
+        "embedding_4bit",
+        "Tensor ids, Weight weight, SymInt num_embeddings, SymInt embedding_dim, ScalarType dtype",
+        check=_check_embedding,
+        fake=lambda ids, weight, rows, dim, dtype: ids.new_empty((*ids.shape, dim), dtype=dtype),
+        composition="dequantize_4bit, then torch's embedding",
+        rows="all",
+    ),
+    _grouped(
+        "grouped_linear_4bit",
+        "Tensor x, Tensor offsets, Weight weight, SymInt out_features",
+        transposed="grouped_linear_4bit_grad",
+        autocast=True,
+    ),
+    _grouped(
+        "grouped_linear_4bit_grad",
+        "Tensor grad, Tensor offsets, Weight weight, SymInt in_features",
+        transposed="grouped_linear_4bit",
+    ),
+    _quantizing(
+        "quantize_blockwise",
+        "Tensor x, Tensor code, int blocksize",
+        check=_check_quantize_blockwise,
+        fake=lambda x, code, size: (x.new_empty(x.shape, dtype=torch.uint8), _fake_scales(x, size)),
+        composition=_PLAIN,
+    ),
+    _decoding(
+        "dequantize_blockwise",
+        "Tensor codes, Tensor absmax, Tensor code, int blocksize, ScalarType dtype",
+        check=_check_dequantize_blockwise,
+        fake=lambda codes, absmax, code, blocksize, dtype: codes.new_empty(codes.shape, dtype=dtype),
+        composition=_PLAIN,
+    ),
+    Operation(
+        "double_quantize",
+        "Tensor absmax, Tensor code",
+        "(Tensor, Tensor, Tensor, Tensor)",
+        check=_check_double_quantize,
+        fake=_fake_double_quantize,
+        method=False,
+    ),
+)
+OPERATIONS: dict[str, Operation] = {each.name: each for each in _ALL}
 """Every op, by name."""

@@ -53,11 +53,8 @@ def _divide_to_float32(total: int, count: int) -> float:
     return ldexp(-quotient if total < 0 else quotient, shift - 149)
 
 
-Encoded = tuple[Tensor, Tensor, Tensor, Tensor]
-"""absmax (uint8 codes), nested_absmax, nested_code, nested_offset: as `decode` and `Weight` take them."""
-
-Quantize = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""A `quantize_blockwise`."""
+Encoded = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""absmax, nested_absmax, nested_code, nested_offset: as `decode`, `QuantState` and `Weight` take them."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +63,21 @@ class ScaleFormat:
 
     Attributes:
         name: of the format, for people.
-        table: on a device, what the 256 codes stand for, float32 [256].
-        encode: float32 scales [b], the table and a `quantize_blockwise` to `Encoded`: codes uint8 [b], nested_absmax
-            float32 [ceil(b/256)], the table (changed or not), and the offset, a float32 scalar.
+        table: on a device, what the 256 codes stand for, float32 [256]; None if the scales are no codes.
+        encode: float32 scales [b] to `Encoded`: codes uint8 [b], nested_absmax float32 [ceil(b/256)], the table, and
+            the offset, a float32 scalar; or the scales themselves and None for each of the others.
     """
 
     name: str
-    table: Callable[[torch.device], Tensor]
-    encode: Callable[[Tensor, Tensor, Quantize], Encoded]
+    table: Callable[[torch.device], Tensor] | None
+    encode: Callable[[Tensor], Encoded]
 
 
 @subnormals_kept
-def _encode_double(absmax: Tensor, code: Tensor, quantize_blockwise: Quantize) -> Encoded:
-    """The scales less their mean, quantized in turn.
+def double_quantize(
+    absmax: Tensor, code: Tensor, quantize_blockwise: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scales less their mean, quantized in turn (QLoRA, arXiv 2305.14314, section 3). The offset is the mean.
 
     A scale of NaN (a block with NaN or Inf) must stay NaN and harm no other: it is left out of the mean and, only
     then, takes a code of its own, whose table entry is NaN.
@@ -99,8 +98,13 @@ def _encode_double(absmax: Tensor, code: Tensor, quantize_blockwise: Quantize) -
     return codes, nested_absmax, code, offset
 
 
+def _encode_double(absmax: Tensor) -> Encoded:
+    encoded: Encoded = torch.ops.fourbit.double_quantize(absmax, dynamic_map(absmax.device))
+    return encoded
+
+
+FLOAT32 = ScaleFormat("float32", None, lambda absmax: (absmax, None, None, None))
 DOUBLE = ScaleFormat("double-quantized", dynamic_map, _encode_double)
-"""The scales themselves in 8 bits (QLoRA, arXiv 2305.14314, section 3). The offset is their mean."""
 
 
 @subnormals_kept

@@ -40,13 +40,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def quantized_nbytes(count: int, blocksize: int, double_quant: bool) -> int:
-    """Bytes of `count` elements in 4 bits: codes, scales, and the nested scales with their offset.
+def quantized_nbytes(count: int, blocksize: int, nested: bool) -> int:
+    """Bytes of `count` elements in 4 bits: codes, scales, and if these are `nested` their scales and offset.
 
     The code tables are constants and not counted.
     """
     blocks = -(-count // blocksize)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 if double_quant else 4 * blocks
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 if nested else 4 * blocks
     return (count + 1) // 2 + scales
 
 
@@ -138,7 +138,8 @@ class QuantState:
     def to_state_dict(self, prefix: str = "weight.") -> dict[str, Tensor]:
         """The state as tensors named as bitsandbytes names them, each with `prefix` in front.
 
-        The packed weight itself belongs beside them, under the prefix without its last dot.
+        The packed weight itself belongs beside them, under the prefix without its last dot. Raises ValueError for
+        scales in a format that those files do not have.
         """
         meta: dict[str, Any] = {
             "quant_type": self.quant_type,
@@ -149,6 +150,11 @@ class QuantState:
         tensors = {"absmax": self.absmax, "quant_map": self.code}
         if self.nested_absmax is not None:
             assert self.nested_code is not None and self.nested_offset is not None
+            if bool((self.nested_code.abs() > 1).any()):  # NaN stands for blocks that are not finite
+                raise ValueError(
+                    f"{prefix}nested_quant_map: the scales' table goes beyond [-1, 1], which is no format of"
+                    " bitsandbytes' files; store the decoded scales, `state.scales()`"
+                )
             tensors |= {"nested_absmax": self.nested_absmax, "nested_quant_map": self.nested_code}
             meta |= {
                 "nested_blocksize": NESTED_BLOCKSIZE,
@@ -215,8 +221,8 @@ class QuantState:
         parts: dict[str, Tensor] = {}
         if nested:
             nested_map = _expect(prefix, entries, "nested_quant_map", torch.float32, 256)
-            if not bool(torch.isfinite(nested_map).all()) or float(nested_map.abs().max()) > 1:
-                raise ValueError(f"{prefix}nested_quant_map has values that are not within [-1, 1]")
+            if not bool(torch.isfinite(nested_map).all()):
+                raise ValueError(f"{prefix}nested_quant_map has values that are not finite")
             groups = -(-blocks // NESTED_BLOCKSIZE)
             nested_absmax = _expect(prefix, entries, "nested_absmax", torch.float32, groups)
             parts = {

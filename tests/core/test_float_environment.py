@@ -79,6 +79,7 @@ def calls(rows: int, n: int, k: int, dtype: torch.dtype) -> dict[str, tuple]:
     experts = (sized[0], sized[1], sized[2], 64)
     return {
         "quantize_4bit": ((normal(n, k) * TINY).to(dtype), state.code, 64, False),
+        "quantize_4bit_scaled": ((normal(n, k) * TINY).to(dtype), state.code, 64, state.absmax),
         "dequantize_4bit": (*weight, [n, k], dtype),
         "linear_4bit": (tiny[0], *sized, n, None, None, None, (normal(n) * TINY).to(dtype)),
         "linear_4bit_grad": (tiny[1], *sized, k),
@@ -115,6 +116,7 @@ def test_native_kernels(shape, dtype, environment):
     assert set(everything) == {*OPS, "double_quantize"}
     if environment == "upward":
         del everything["double_quantize"]  # in plain torch, which rounds as its threads are set to
+        del everything["quantize_4bit_scaled"]
     with fourbit.use_backend("cpu"):
         for op, args in everything.items():
             check(environment, partial(getattr(torch.ops.fourbit, op), *args), op)

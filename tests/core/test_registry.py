@@ -174,7 +174,7 @@ def test_composed_ops_need_dequantize():
     registry.register(QuantizesOnly())
     answers = {op: dispatch.ask(registry.get_backend("half"), OpQuery(op, *QUERY_REST)) for op in OPS}
     assert {op for op, answer in answers.items() if answer} == {
-        "quantize_4bit", "quantize_blockwise", "dequantize_blockwise",
+        "quantize_4bit", "quantize_4bit_scaled", "quantize_blockwise", "dequantize_blockwise",
     }  # fmt: skip
     assert answers["dequantize_4bit"].reason == "does not implement it"
     assert "composed of dequantize_4bit" in answers["linear_4bit"].reason

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fourbit
 from fourbit import codebooks, scales
 from fourbit.numerics import quantize_blockwise
-from fourbit.scales import DOUBLE, NAN_CODE, NESTED_BLOCKSIZE, decode, exact_mean
+from fourbit.scales import DOUBLE, FLOAT32, NAN_CODE, NESTED_BLOCKSIZE, decode, double_quantize, exact_mean
 
 SUBNORMAL = 2.0**-149
 LARGEST = float(np.finfo(np.float32).max)
@@ -77,7 +77,7 @@ def test_mean_of_a_view_with_strides():
 
 
 def encode(scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return DOUBLE.encode(scales, codebooks.dynamic_map(), quantize_blockwise)
+    return double_quantize(scales, codebooks.dynamic_map(), quantize_blockwise)
 
 
 @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 1000])
@@ -167,3 +167,57 @@ def test_nested_offset_is_the_exact_mean_of_the_scales():
     shuffled = plain.absmax.tolist()
     random.Random(0).shuffle(shuffled)
     assert float(nested.nested_offset) == scales.exact_mean(torch.tensor(shuffled))
+
+
+# ---- formats, and scales that are given -----------------------------------------------------------
+
+
+def test_every_format_decodes_by_one_function():
+    values = torch.rand(700, generator=torch.Generator().manual_seed(5)) + 0.5
+    assert FLOAT32.table is None and torch.equal(decode(*FLOAT32.encode(values)), values)
+    absmax, *nested = DOUBLE.encode(values)
+    assert absmax.dtype == torch.uint8 and torch.equal(nested[1], DOUBLE.table(values.device))
+    whole = decode(absmax, *nested)
+    torch.testing.assert_close(whole, values, rtol=0.02, atol=0)
+    assert torch.equal(decode(absmax[250:600], *nested, first=250), whole[250:600])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_absmax_given_as_scales(dtype, nested):
+    """The state of plain quantization, bit for bit; with double quantization other codes, and none is worse."""
+    w = torch.randn(64, 100, generator=torch.Generator().manual_seed(6)).to(dtype)
+    packed, state = fourbit.quantize_4bit(w, blocksize=64, double_quant=nested)
+    absmax = fourbit.quantize_4bit(w, blocksize=64)[1].absmax
+    given_packed, given = fourbit.quantize_4bit(w, blocksize=64, double_quant=nested, scales=absmax.view(10, 10))
+    for name, tensor in state._tensors().items():
+        assert tensor is None or torch.equal(getattr(given, name), tensor), name
+    if not nested:
+        assert torch.equal(given_packed, packed)
+    errors = [(fourbit.dequantize_4bit(p, state, torch.float32) - w.float()).norm() for p in (given_packed, packed)]
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_given_scales_of_a_weight_that_is_not_finite(nested):
+    w = torch.ones(600, 64)
+    w[7, 3] = torch.inf
+    packed, state = fourbit.quantize_4bit(w, blocksize=64, double_quant=nested, scales=torch.full((600,), 2.0))
+    bad = fourbit.dequantize_4bit(packed, state).isnan()
+    assert bool(bad[7].all()) and int(bad.sum()) == 64
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_given_scales_under_transforms(nested):
+    """torch.compile sees whole ops, and nothing is recorded for a derivative."""
+
+    def run(w, scales):
+        packed, state = fourbit.quantize_4bit(w, blocksize=64, double_quant=nested, scales=scales)
+        return packed, state.absmax
+
+    w, scales = torch.randn(20, 64), torch.rand(20) + 1
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(w, scales)
+    for actual, expected in zip(compiled, run(w, scales), strict=True):
+        assert torch.equal(actual, expected)
+    packed, absmax = run(w.requires_grad_(), scales.requires_grad_())
+    assert not absmax.requires_grad and torch.equal(packed, compiled[0])

@@ -132,6 +132,7 @@ def calls(rows: int, n: int, k: int, dtype: torch.dtype) -> dict[str, tuple]:
     codes = torch.arange(n * k).to(torch.uint8)
     return {
         "quantize_4bit": (normal(n, k).to(dtype), args[2], 64, False),
+        "quantize_4bit_scaled": (normal(n, k).to(dtype), args[2], 64, torch.rand(-(-n * k // 64))),
         "dequantize_4bit": (*args, [n, k], dtype, *nested),
         "linear_4bit": (normal(rows, k).to(dtype), *args, n, *nested, normal(n).to(dtype)),
         "linear_4bit_grad": (normal(rows, n).to(dtype), *args, k, *nested),

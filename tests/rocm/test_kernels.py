@@ -258,7 +258,7 @@ def test_nested_scales_made_on_the_device(on):
 
     backend, absmax = on("gfx90a"), values(700, torch.float32).abs()
     for got, want in zip(
-        scales.DOUBLE.encode(absmax, dynamic_map(), backend.quantize_blockwise),
+        scales.double_quantize(absmax, dynamic_map(), backend.quantize_blockwise),
         nested_scales(absmax),
         strict=True,
     ):

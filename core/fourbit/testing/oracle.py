@@ -74,7 +74,7 @@ def make_weight(
 
 def nested_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Double-quantized scales: `(codes, nested_absmax, nested_code, nested_offset)`."""
-    return scales.DOUBLE.encode(absmax, dynamic_map(), REFERENCE.quantize_blockwise)
+    return scales.double_quantize(absmax, dynamic_map(), REFERENCE.quantize_blockwise)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import fourbit
 from fourbit import dispatch
 from fourbit.backend import API_VERSION, OPS, Backend, OpQuery, Support
+from fourbit.operations import OPERATIONS
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES, normal
 
 COVERS = ()
@@ -23,7 +24,7 @@ def every_query(device: torch.device) -> list[OpQuery]:
         for dtype in DTYPES
         for blocksize in BLOCKSIZES
         for double in (False, True)
-        if not (double and op in ("quantize_4bit", "quantize_blockwise", "dequantize_blockwise"))
+        if not (double and "Weight" not in OPERATIONS[op].arguments)
     ]
 
 

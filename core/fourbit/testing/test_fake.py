@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fourbit.backend import OPS
 from fourbit.codebooks import NF4, dynamic_map
+from fourbit.operations import OPERATIONS
 from fourbit.testing.inputs import normal
 from fourbit.testing.oracle import make_weight
 
@@ -24,6 +25,7 @@ def arguments(op: str, device: torch.device, double_quant: bool = False) -> tupl
     codes = torch.arange(70, dtype=torch.uint8, device=device).view(7, 10)
     calls = {
         "quantize_4bit": (normal(7, 11).to(device), NF4.tensor(device), 64, False),
+        "quantize_4bit_scaled": (normal(7, 11).to(device), NF4.tensor(device), 64, torch.ones(2, device=device)),
         "dequantize_4bit": (*args, [11, 70], torch.bfloat16, *nested),
         "linear_4bit": (normal(2, 3, 70).to(device), *args, 11, *nested),
         "linear_4bit_grad": (normal(2, 3, 11).to(device), *args, 70, *nested),
@@ -49,7 +51,7 @@ def query(op: str) -> dict:
     return {"dtype": dtype, "blocksize": 256 if op.endswith("blockwise") else 64}
 
 
-NOT_NESTED = ("quantize_4bit", "quantize_blockwise", "dequantize_blockwise")
+NOT_NESTED = tuple(op for op in OPS if "Weight" not in OPERATIONS[op].arguments)
 OPS_AND_NESTING = [(op, double) for op in OPS for double in (False, True) if not (double and op in NOT_NESTED)]
 
 
