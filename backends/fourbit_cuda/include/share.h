@@ -10,7 +10,7 @@
 
 struct Share {
     u32 thread, lane, warp, wr, wk;  // this thread's place; of its warp: over the rows, and over K
-    u32 window, lane4;               // of shared memory; with four times the lane
+    u32 window, lane4, x_ring;       // of shared memory; with four times the lane; where x lies
     u32 n, k, pass;                  // rows of the weight, elements of one, rows of a pass
     u32 rank, k_first, steps;        // in the cluster; of K: the first element, and how many slices
     u32 row_first, row_end;
@@ -21,7 +21,7 @@ struct Share {
         if (base - window != SHARED_BASE) trap();  // matrix.h would be wrong about this device
         thread = threadIdx.x, lane = thread % 32, warp = same_in_wave(thread / 32);
         wr = warp % WR, wk = warp / WR;
-        lane4 = window | 4 * lane;
+        lane4 = window | 4 * lane, x_ring = window + X_AT;
         n = (u32)n_, k = (u32)k_, pass = (u32)pass_;
         const u32 range = (u32)range_;
         rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0;
