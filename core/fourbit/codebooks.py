@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -244,5 +243,3 @@ def _f32(value: float) -> float:
 
 
 DYNAMIC_VALUES: tuple[float, ...] = derive_dynamic_map()
-
-RegisterCodebook = Callable[[Codebook], None]

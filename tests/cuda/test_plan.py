@@ -70,6 +70,29 @@ def test_every_shape_has_a_plan_that_fits(props, size, nested):
 
 
 @every_device
+@pytest.mark.parametrize("k", (4096, 320), ids=("even", "ragged"))
+@pytest.mark.parametrize("nested", (False, True), ids=("plain", "double"))
+def test_shared_memory_is_laid_out_in_order(props, k, nested):
+    """Each part begins where the one before has ended, at an address that its copies can have."""
+    for m in (1, 16, 64):
+        chosen = plan.plan_linear(props, shape(m, 4096, k, nested=nested))
+        d = dict(chosen.spec.defines)
+        warps, rows = d["WR"] * d["WK"], 16 * d["RT"]
+        slots = max(d["STAGES"] - d["INSIDE"], 0)
+        ends = {
+            "RING_OFFSET": 256 * d["ENTRY_BYTES"],
+            "SIDES_OFFSET": d["RING_OFFSET"] + slots * warps * rows * d["KW"] // 2,
+            "CODES_OFFSET": d["SIDES_OFFSET"] + d["STAGES"] * warps * d["SIDE_BYTES"],
+            "BARRIERS_OFFSET": d["CODES_OFFSET"] + 1024 * nested,
+            "X_OFFSET": d["BARRIERS_OFFSET"] + 2 * 8 * d["STAGES"],
+        }
+        for name, end in ends.items():
+            assert end <= d[name] and d[name] % 16 == 0, name
+        sums = d["WK"] * 8 * d["NT"] * d["SUM_STRIDE"] * 4
+        assert d["X_OFFSET"] + sums <= chosen.shared_bytes
+
+
+@every_device
 def test_instructions_are_those_of_the_device(props):
     """No wgmma but on the one arch that has it, no clusters before sm_90, no wide table where there is no room."""
     for m in (1, 16, 64):

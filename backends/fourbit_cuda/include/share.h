@@ -8,27 +8,31 @@
 #define CLUSTER
 #endif
 
+FB_DEVICE u32 window_of(const u8* shared) {
+    const u32 base = shared_address(shared), window = base & 0xff000000u;
+    if (base - window != SHARED_BASE) trap();  // matrix.h would be wrong about this device
+    return window;
+}
+
+// Indices of thread and block come from the kernel: there the compiler knows their bounds.
 struct Share {
     u32 thread, lane, warp, wr, wk;  // this thread's place; of its warp: over the rows, and over K
-    u32 window, lane4;               // of shared memory; with four times the lane
+    u32 window, lane4, x_ring;       // of shared memory; with four times the lane; where x lies
     u32 n, k, pass;                  // rows of the weight, elements of one, rows of a pass
     u32 rank, k_first, steps;        // in the cluster; of K: the first element, and how many slices
     u32 row_first, row_end;
 
-    __device__ __forceinline__ Share(const u8* shared, i64 n_, i64 k_, i64 range_, i64 pass_) {
-        const u32 base = shared_address(shared);
-        window = base & 0xff000000u;
-        if (base - window != SHARED_BASE) trap();  // matrix.h would be wrong about this device
-        thread = threadIdx.x, lane = thread % 32, warp = same_in_wave(thread / 32);
+    __device__ __forceinline__ Share(u32 window_, u32 thread_, u32 block, i64 n_, i64 k_, i64 range_, i64 pass_) {
+        window = window_, thread = thread_, lane = thread % 32, warp = same_in_wave(thread / 32);
         wr = warp % WR, wk = warp / WR;
-        lane4 = window | 4 * lane;
+        lane4 = window | 4 * lane, x_ring = window + X_AT;
         n = (u32)n_, k = (u32)k_, pass = (u32)pass_;
         const u32 range = (u32)range_;
-        rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0;
+        rank = SPLIT > 1 ? block % SPLIT : 0;
         const u32 steps_in_all = (k + SLICE - 1) / SLICE, first_step = steps_in_all * rank / SPLIT;
         steps = steps_in_all * (rank + 1) / SPLIT - first_step;
         k_first = first_step * SLICE;
-        row_first = blockIdx.x / SPLIT * range;
+        row_first = block / SPLIT * range;
         row_end = row_first + range < n ? row_first + range : n;
     }
 
@@ -44,12 +48,11 @@ struct Rows {
     i64 first, end;
     u32 weight;
 };
-FB_DEVICE Rows rows_of_block(i64 rows_of_x) {
-    const i64 first = (i64)blockIdx.y * COLUMNS;
+FB_DEVICE Rows rows_of_block(u32 block, i64 rows_of_x) {
+    const i64 first = (i64)block * COLUMNS;
     return Rows{first, first + COLUMNS < rows_of_x ? first + COLUMNS : rows_of_x, 0};
 }
-FB_DEVICE Rows rows_of_expert(i64 rows_of_x, const i64* offsets, u32 n) {
-    const u32 expert = blockIdx.y;
+FB_DEVICE Rows rows_of_expert(u32 expert, i64 rows_of_x, const i64* offsets, u32 n) {
     i64 first = 0;
     for (u32 e = 0; e < expert; ++e) first = offsets[e] > first ? offsets[e] : first;
     return Rows{first, offsets[expert] < rows_of_x ? offsets[expert] : rows_of_x, expert * n};

@@ -34,11 +34,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
                const float* nested_code, const float* nested_offset, const void* bias, u16* y, i64 rows_of_x, i64 n,
                i64 k_, i64 range, i64 pass) {
     extern __shared__ __align__(1024) u8 shared[];
-    const Share share(shared, n, k_, range, pass);
-    const u32 window = share.window, k = share.k, lane = share.lane;
+    const u32 window = window_of(shared);
+    const Share share(window, threadIdx.x, blockIdx.x, n, k_, range, pass);
+    const u32 k = share.k, lane = share.lane;
 
     if (GROUPED) after_previous();  // it writes the offsets
-    const Rows rows = GROUPED ? rows_of_expert(rows_of_x, (const i64*)bias, share.n) : rows_of_block(rows_of_x);
+    const u32 group = blockIdx.y;  // of rows of x, or the expert
+    const Rows rows = GROUPED ? rows_of_expert(group, rows_of_x, (const i64*)bias, share.n)
+                              : rows_of_block(group, rows_of_x);
     if (GROUPED && rows.end <= rows.first) return;
     const u32 row_scales = k / BLOCKSIZE;
     const Weight w = {packed, absmax, nested_absmax, k, row_scales, (GROUPED ? gridDim.y : 1) * share.n * row_scales};
