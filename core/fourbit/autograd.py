@@ -190,11 +190,19 @@ def _linear_4bit(
         or not packed.is_contiguous()
         or not absmax.is_contiguous()
         or not code.is_contiguous()
-        or (bias is not None and not _bias_fits(bias, out_features, x))
+        or (
+            bias is not None
+            and not (
+                bias.shape == (out_features,)
+                and bias.dtype is x.dtype
+                and (on_cpu or bias.device == device)
+                and bias.is_contiguous()
+            )
+        )
         or (
             (absmax.dtype is not _float32 or nested_code is not None or nested_offset is not None)
             if nested_absmax is None
-            else not _nested_fit(absmax, nested_absmax, nested_code, nested_offset, device)
+            else not _nested_fit(absmax, nested_absmax, nested_code, nested_offset, None if on_cpu else device)
         )
     ):
         return _linear_eager(x, *weight[:4], out_features, *weight[4:], bias)
@@ -208,19 +216,14 @@ _LINEAR = OPERATIONS["linear_4bit"]
 _linear_eager: Callable[..., Tensor] = ops.eager["linear_4bit"]
 
 
-def _bias_fits(bias: Tensor, out_features: int, x: Tensor) -> bool:
-    """Whether the bias is surely right, as it is."""
-    return bias.shape == (out_features,) and bias.dtype is x.dtype and bias.device == x.device and bias.is_contiguous()
-
-
 def _nested_fit(
     absmax: Tensor,
     nested_absmax: Tensor,
     nested_code: Tensor | None,
     nested_offset: Tensor | None,
-    device: torch.device,
+    device: torch.device | None,
 ) -> bool:
-    """Whether nested scales are surely right, as they are."""
+    """Whether nested scales are surely right, as they are; on `device`, if it is given."""
     return (
         nested_code is not None
         and nested_offset is not None
@@ -229,7 +232,7 @@ def _nested_fit(
         and nested_code.numel() == 256
         and nested_offset.numel() == 1
         and nested_absmax.dtype is nested_code.dtype is nested_offset.dtype is _float32
-        and nested_absmax.device == nested_code.device == nested_offset.device == device
+        and (device is None or nested_absmax.device == nested_code.device == nested_offset.device == device)
         and nested_absmax.is_contiguous()
         and nested_code.is_contiguous()
     )

@@ -123,7 +123,8 @@ def embedding_4bit(ids: Tensor, packed: Tensor, state: QuantState, dtype: torch.
     _want_state("embedding_4bit", packed, state)
     if len(state.shape) != 2:
         raise ValueError(f"embedding_4bit: the weight must be 2-D [rows, dim], this one has {list(state.shape)}")
-    weight, nested = state.weight(packed).flat()
+    weight = (packed, state.absmax, state.code, state.blocksize)
+    nested = (state.nested_absmax, state.nested_code, state.nested_offset)
     return _embedding(ids, *weight, *state.shape, state.dtype if dtype is None else dtype, *nested)
 
 

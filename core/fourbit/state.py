@@ -85,7 +85,8 @@ class QuantState:
         count = self.numel
         if count < 1:
             raise ValueError(f"QuantState: shape {list(self.shape)} has no elements")
-        check_scales("QuantState", count, self.device, *self.weight(self.absmax)[1:])
+        nested = (self.nested_absmax, self.nested_code, self.nested_offset)
+        check_scales("QuantState", count, self.device, self.absmax, self.code, self.blocksize, *nested)
 
     def weight(self, packed: Tensor) -> Weight:
         """`packed` with these scales, as backends take it."""

@@ -54,8 +54,9 @@ class Weight(NamedTuple):
         if packed.device != device:
             checks.wrong_device(op, "packed", packed, device)
         check_scales(op, count, device, absmax, code, blocksize, a, b, c)
-        if a is None and packed.is_contiguous() and absmax.is_contiguous() and code.is_contiguous():
-            return self
+        if packed.is_contiguous() and absmax.is_contiguous() and code.is_contiguous():
+            if a is None or b is None or (a.is_contiguous() and b.is_contiguous()):  # c is one number
+                return self
         return Weight(*(part.contiguous() if isinstance(part, Tensor) else part for part in self))  # type: ignore[arg-type]
 
     def expert(self, index: int, size: int) -> Weight | None:

@@ -134,8 +134,8 @@ class PackedStorage(nn.Module):
             packed, code, blocksize = qweight.detach(), code.view(_float32), self.blocksize
             if not self.double_quant:
                 return _new(Weight, (packed, scales.view(_float32), code, blocksize, None, None, None))
-            nested = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
-            return Weight(packed, scales.detach(), code, blocksize, *nested)
+            a, b, c = (buffers[name].view(_float32) for name in _NESTED_BUFFERS)
+            return _new(Weight, (packed, scales.detach(), code, blocksize, a, b, c))
 
     def quant_state(self) -> tuple[Tensor, QuantState]:
         """`(packed, state)`, sharing the module's storage."""
