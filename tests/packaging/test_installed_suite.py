@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,12 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import installed, skip_or_fail
-
-ROOT = Path(__file__).parents[2]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "build", "dist", "env", "results", "html", "__pycache__", "*.egg-info", "*.so"
-)
+from tests.support import copy_of_checkout, installed, skip_or_fail
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +21,7 @@ def unpacked(tmp_path_factory) -> Path:
         if not installed(needed):
             skip_or_fail(f"building a wheel without a network needs {needed} installed")
     folder = tmp_path_factory.mktemp("wheel")
-    source = shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
+    source = copy_of_checkout(folder / "source")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"),

@@ -12,12 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import installed, skip_or_fail
-
-ROOT = Path(__file__).parents[2]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "build", "dist", "env", "results", "html", "__pycache__", "*.egg-info", "*.so"
-)
+from tests.support import copy_of_checkout, installed, skip_or_fail
 
 PROGRAM = """
 import json, sys
@@ -43,7 +38,7 @@ def install(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         if found is None:
             skip_or_fail(f"building without build isolation needs {tool}")
         (tools / tool).symlink_to(found)
-    source = shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
+    source = copy_of_checkout(folder / "source")
     nothing = str(tools / "no-compiler")  # CMake looks in /usr/bin whatever PATH says, unless told a compiler
     env = {name: value for name, value in os.environ.items() if not name.startswith(("FOURBIT_", "CMAKE_", "SKBUILD"))}
     env |= {"PATH": str(tools), "CXX": nothing, "CC": nothing}
