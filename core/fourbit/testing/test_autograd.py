@@ -13,7 +13,7 @@ from fourbit.testing.oracle import Sample, assert_product, make_weight
 COVERS = ("linear_4bit", "linear_4bit_grad")
 
 
-def setup(device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], double_quant: bool = False):
+def operands(device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], double_quant: bool = False):
     """A weight [40, 96], and x and bias that require gradients."""
     weight = make_weight(40, 96, double_quant=double_quant)
     x = normal(*rows, 96).to(device, dtype).requires_grad_()
@@ -32,7 +32,7 @@ def linear(x: torch.Tensor, weight: Sample, bias: torch.Tensor | None = None) ->
 def test_first_gradients(need, device, rows, dtype, double_quant):
     for op in COVERS:
         need(op, dtype, double_quant=double_quant)
-    weight, x, bias = setup(device, dtype, rows, double_quant)
+    weight, x, bias = operands(device, dtype, rows, double_quant)
     upstream = normal(*rows, 40, seed=9).to(device, dtype)
     out = linear(x, weight, bias)
     out.backward(upstream)
@@ -46,7 +46,7 @@ def test_gradients_match_autograd_of_the_dense_weight(need, device):
     """Through a nonlinear function after it, to x and bias."""
     for op in COVERS:
         need(op)
-    weight, x, bias = setup(device, torch.float32, (7,))
+    weight, x, bias = operands(device, torch.float32, (7,))
     dense = weight.dense().to(device)
     ours = torch.autograd.grad(linear(x, weight, bias).tanh().square().sum(), (x, bias))
     want = torch.autograd.grad(functional.linear(x, dense, bias).tanh().square().sum(), (x, bias))
@@ -58,7 +58,7 @@ def test_second_gradients(need, device):
     """A gradient penalty: the gradient to x is differentiated again."""
     for op in COVERS:
         need(op)
-    weight, x, _ = setup(device, torch.float32, (3,))
+    weight, x, _ = operands(device, torch.float32, (3,))
     dense = weight.dense().to(device)
 
     def penalty(out: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_only_what_is_asked_for(need, device):
     """No gradient where none is required; bias alone, and x alone, work."""
     for op in COVERS:
         need(op)
-    weight, x, bias = setup(device, torch.float32, (4,))
+    weight, x, bias = operands(device, torch.float32, (4,))
     assert not linear(x.detach(), weight, bias.detach()).requires_grad
     with torch.no_grad():
         assert not linear(x, weight, bias).requires_grad
@@ -89,7 +89,7 @@ def test_gradient_of_a_result_with_strides(need, device):
     """The incoming gradient of a transposed or summed result is not contiguous."""
     for op in COVERS:
         need(op)
-    weight, x, _ = setup(device, torch.float32, (6,))
+    weight, x, _ = operands(device, torch.float32, (6,))
     upstream = normal(40, 6).to(device)
     (grad,) = torch.autograd.grad(linear(x, weight).T, x, upstream)
     assert_product(grad, upstream.T, weight.dense(), torch.float32)
@@ -99,7 +99,7 @@ def test_gradients_agree_with_finite_differences(need, device):
     """The map is linear in x: a step along d changes the sum by grad · d, whatever its size."""
     for op in COVERS:
         need(op)
-    weight, x, _ = setup(device, torch.float32, (2,))
+    weight, x, _ = operands(device, torch.float32, (2,))
     direction, upstream = normal(2, 96, seed=4).to(device), normal(2, 40, seed=5).to(device)
     (grad,) = torch.autograd.grad(linear(x, weight), x, upstream)
     with torch.no_grad():
