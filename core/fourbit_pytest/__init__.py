@@ -80,7 +80,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    # A Package would import its __init__.py under the folder's name, which in an editable install is "core".
+    # a Package would import its __init__.py under the name that the session's import mode gives it
     if not _is_suite_session(parent.config):
         return None
     folder = _suite_folder()
