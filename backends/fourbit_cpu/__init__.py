@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -139,39 +139,13 @@ class CpuBackend(Backend):
             raise IndexError(f"embedding_4bit: id {value} (position {bad}) is out of range for {num_embeddings} rows")
         return out
 
-    def grouped_linear_4bit(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        weight: Weight,
-        out_features: int,
-    ) -> Tensor:
-        rows, k = x.shape
-        ends = offsets.long()
-        out = x.new_empty((rows, out_features))
-        self._native.grouped_linear_4bit(
-            *(x.data_ptr(), DTYPES[x.dtype], rows, ends.data_ptr(), ends.numel(), out_features, k),
-            *_addresses(weight),
-            out.data_ptr(),
-        )
-        return out
+    def grouped_linear_4bit(self, x: Tensor, offsets: Tensor, weight: Weight, out_features: int) -> Tensor:
+        shape = (out_features, x.shape[1])
+        return _grouped(self._native.grouped_linear_4bit, x, offsets, weight, shape, out_features)
 
-    def grouped_linear_4bit_grad(
-        self,
-        grad: Tensor,
-        offsets: Tensor,
-        weight: Weight,
-        in_features: int,
-    ) -> Tensor:
-        rows, n = grad.shape
-        ends = offsets.long()
-        out = grad.new_empty((rows, in_features))
-        self._native.grouped_linear_4bit_grad(
-            *(grad.data_ptr(), DTYPES[grad.dtype], rows, ends.data_ptr(), ends.numel(), n, in_features),
-            *_addresses(weight),
-            out.data_ptr(),
-        )
-        return out
+    def grouped_linear_4bit_grad(self, grad: Tensor, offsets: Tensor, weight: Weight, in_features: int) -> Tensor:
+        shape = (grad.shape[1], in_features)
+        return _grouped(self._native.grouped_linear_4bit_grad, grad, offsets, weight, shape, in_features)
 
     def quantize_blockwise(self, x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         codes = torch.empty(x.shape, dtype=torch.uint8)
@@ -199,6 +173,20 @@ class CpuBackend(Backend):
         size = fresh.nbytes
         if size >= HUGE_BYTES:
             self._native.advise_huge_pages(fresh.data_ptr(), size)
+
+
+def _grouped(
+    run: Callable[..., None], x: Tensor, offsets: Tensor, weight: Weight, shape: tuple[int, int], width: int
+) -> Tensor:
+    """Each expert's rows of x times its weight of `shape`; the result's rows have `width` elements."""
+    ends = offsets.long()
+    out = x.new_empty((x.shape[0], width))
+    run(
+        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], ends.data_ptr(), ends.numel(), *shape),
+        *_addresses(weight),
+        out.data_ptr(),
+    )
+    return out
 
 
 def _addresses(weight: Weight) -> tuple[int, ...]:
