@@ -16,7 +16,7 @@ from fourbit.nn import PackedModule
 from fourbit.nn.packed import replacement
 from fourbit.nn.quantize import swap
 from fourbit_transformers import experts
-from fourbit_transformers.description import model_class
+from fourbit_models.transformers import model_class
 
 
 def load(
