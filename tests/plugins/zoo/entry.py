@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+from fourbit.nn import PackedModule
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SMALL |= {"num_attention_heads": 4, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
@@ -33,6 +36,7 @@ class Entry:
         output: the attribute of what forward returns that is compared.
         dtype: of the weights.
         variant: what sets the entry apart from others of its class, "" if there is one.
+        reads: the weight of a layer that the model's own code reads, "" if none: bitsandbytes' is no matrix.
         daily: whether it is tried in a plain `pytest`, and not only with --long.
     """
 
@@ -43,6 +47,7 @@ class Entry:
     output: str = "logits"
     dtype: torch.dtype = torch.bfloat16
     variant: str = ""
+    reads: str = ""
     daily: bool = False
 
     @property
@@ -99,3 +104,15 @@ def image() -> dict[str, Any]:
 def large_image() -> dict[str, Any]:
     """Inputs of a vision model whose features get coarser from stage to stage."""
     return {"pixel_values": torch.randn(1, 3, 32, 32)}
+
+
+def load(entry: Entry, folder: Path, **more: object) -> nn.Module:
+    """from_pretrained, all of whose tensors must be found."""
+    model, found = entry.model_class.from_pretrained(folder, output_loading_info=True, **more)
+    assert not any(found.values()), found
+    return model.eval()
+
+
+def packed(model: nn.Module) -> dict[str, PackedModule]:
+    """Its 4-bit layers and stacks of experts."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}

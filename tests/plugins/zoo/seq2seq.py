@@ -31,6 +31,6 @@ SEQ2SEQ = (
     _seq2seq("PegasusForConditionalGeneration", _BART),
     _seq2seq("M2M100ForConditionalGeneration", _BART),
     _seq2seq("LEDForConditionalGeneration", _LED),
-    _seq2seq("SwitchTransformersForConditionalGeneration", _SWITCH),
+    _seq2seq("SwitchTransformersForConditionalGeneration", _SWITCH, reads="wo.weight.dtype"),
     _seq2seq("NllbMoeForConditionalGeneration", _NLLB),
 )
