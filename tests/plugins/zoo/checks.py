@@ -96,7 +96,7 @@ def nothing_to_quantize(entry: Entry, folder: Path, config: fourbit.QuantConfig)
 
 def door_config(config: fourbit.QuantConfig) -> fourbit_transformers.FourbitConfig:
     """The same for from_pretrained."""
-    return fourbit_transformers.FourbitConfig(**{k: v for k, v in vars(config).items()})
+    return fourbit_transformers.FourbitConfig.of(config)
 
 
 def same_model(entry: Entry, model: nn.Module, other: nn.Module, logits: Tensor, way: str) -> None:

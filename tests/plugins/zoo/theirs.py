@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fourbit
+from fourbit.config import MARK
 from fourbit.nn import PackedModule
 from fourbit_transformers import FourbitConfig
 from tests.plugins.zoo.entry import Entry, load, packed
@@ -62,12 +63,12 @@ def whole_blocks(layers: dict[str, PackedModule], config: fourbit.QuantConfig) -
 
 
 def as_theirs(source: Path, target: Path) -> None:
-    """A copy of a folder whose config.json calls for bitsandbytes, not for fourbit."""
+    """A copy of a folder without fourbit's mark: transformers gives it to bitsandbytes."""
     target.mkdir()
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "bitsandbytes"
+    del config["quantization_config"][MARK]
     (target / "config.json").write_text(json.dumps(config))
 
 
