@@ -17,7 +17,7 @@ from tests.support import installed, skip_or_fail
 
 
 @torch.no_grad()
-def read_by_bitsandbytes(entry: Entry, folder: Path, config: fourbit.QuantConfig) -> str:
+def read_by_bitsandbytes(entry: Entry, folder: Path, config: fourbit.QuantConfig, split: str = "") -> str:
     """ "yes" if bitsandbytes computes from a folder of ours what its dequantized weights do; else why it cannot.
 
     Args:
@@ -39,18 +39,20 @@ def read_by_bitsandbytes(entry: Entry, folder: Path, config: fourbit.QuantConfig
         found = entry.run(load_theirs(entry, folder / "theirs", set(packed(ours))))
         reads = torch.equal(found, wanted)
     except Exception:
-        if not (reason := why_not(entry, ours)):
+        if not (reason := why_not(entry, ours, split)):
             raise
         return reason
-    reason = why_not(entry, ours)
+    reason = why_not(entry, ours, split)
     assert reads != bool(reason), f"bitsandbytes {'reads it' if reads else 'computes something else'}; {reason}"
     return reason or "yes"
 
 
-def why_not(entry: Entry, model: nn.Module) -> str:
+def why_not(entry: Entry, model: nn.Module, split: str) -> str:
     """What bitsandbytes has no layer for, or what the model does with a layer that bitsandbytes' has not."""
     if any(module.kind == "experts" for module in packed(model).values()):
         return "no: stacked experts"
+    if split:
+        return f"no: {split}"
     return f"no: the model reads `{entry.reads}`" if entry.reads else ""
 
 
