@@ -112,12 +112,15 @@ class PackedStorage(nn.Module):
         return packed, scales
 
     def _freeze(self) -> None:
-        """Make FrozenTensors of the storage, where it has been replaced by ordinary tensors."""
+        """Make FrozenTensors of the storage where it has been replaced by ordinary tensors; say what they count for."""
         tables: tuple[dict[str, Any], dict[str, Any]] = (self._parameters, self._buffers)
         for tensors in tables:
             for name in STORAGE:
                 if type(tensors.get(name)) in (Tensor, nn.Parameter):
                     tensors[name] = frozen(tensors[name], parameter=tensors is self._parameters)
+        for name, count in (("qweight", self.weight_shape.numel()), ("scales", 0)):
+            if type(tensor := self._parameters.get(name)) is FrozenTensor:
+                tensor.counted = count
 
     # ---- reading and writing the weight ------------------------------------------------------------
 
@@ -178,8 +181,10 @@ class PackedStorage(nn.Module):
                 f"{type(self).__name__} holds (shape, quant_type, blocksize, double_quant) = {_words(mine)},"
                 f" the packed weight is {_words(its)}"
             )
-        if packed.dtype != torch.uint8 or packed.numel() != self.qweight.numel():
-            raise ValueError(f"packed: want uint8 with {self.qweight.numel()} bytes, got {packed.dtype} {packed.shape}")
+        if packed.dtype != torch.uint8 or packed.nelement() != self.qweight.nelement():
+            raise ValueError(
+                f"packed: want uint8 with {self.qweight.nelement()} bytes, got {packed.dtype} {packed.shape}"
+            )
         self.qweight.copy_(packed.view(self.qweight.shape))
         absmax = state.absmax if state.double_quant else _bits(state.absmax)
         self.scales.copy_(absmax.view(self.scales.shape))
@@ -205,6 +210,8 @@ class PackedStorage(nn.Module):
         if name in STORAGE and type(value) in (Tensor, nn.Parameter):  # also what load_state_dict(assign=True) assigns
             value = frozen(value, parameter=isinstance(value, nn.Parameter))
         super().__setattr__(name, value)
+        if name in STORAGE:
+            self._freeze()
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         if dtype in checks.COMPUTE_DTYPES:
@@ -262,6 +269,7 @@ class PackedStorage(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._freeze()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
