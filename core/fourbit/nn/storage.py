@@ -49,6 +49,7 @@ class PackedStorage(nn.Module):
         quant_type, blocksize, double_quant: as in QuantConfig.
         dtype: logical dtype of `weight`; follows `.half()` and the like, which leave the bits alone.
         weight_shape: torch.Size of `weight`.
+        rewrites: how often `weight` was written to since the weight was stored or loaded, each time rounded anew.
 
     Until a weight is stored or loaded the scales are NaN: what was never set computes NaN, not garbage.
 
@@ -62,6 +63,7 @@ class PackedStorage(nn.Module):
     qweight: Tensor
     scales: Tensor
     codebook: Tensor
+    rewrites: int = 0
 
     def setup(
         self,
@@ -185,6 +187,7 @@ class PackedStorage(nn.Module):
             raise ValueError(
                 f"packed: want uint8 with {self.qweight.nelement()} bytes, got {packed.dtype} {packed.shape}"
             )
+        self.rewrites = 0
         self.qweight.copy_(packed.view(self.qweight.shape))
         absmax = state.absmax if state.double_quant else _bits(state.absmax)
         self.scales.copy_(absmax.view(self.scales.shape))
@@ -270,6 +273,7 @@ class PackedStorage(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._freeze()
+        self.rewrites = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
