@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from fourbit import checks
+from fourbit import checks, plugins
 from fourbit.nn.packed import PackedModule
 
 _HOOKS = (
@@ -70,6 +70,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
                 new.train(old.training)
                 _keep_hooks(old, new)
         undo.pop_all()
+    if places:
+        plugins.tell("fourbit_model_dequantized", model=model)
     return model
 
 
