@@ -63,7 +63,7 @@ def fork_run(src: Path, dst: Path) -> int:
         return pid
     status = 1
     try:
-        quantize_checkpoint(src, dst, resume=True, max_shard_bytes=SHARD_BYTES)
+        quantize_checkpoint(src, dst, resume=True, max_shard_size=SHARD_BYTES)
         status = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def within(tree, folder):
 
 
 def run(src, dst, **options):
-    return quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, **options)
+    return quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, **options)
 
 
 @pytest.fixture
