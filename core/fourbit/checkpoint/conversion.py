@@ -112,7 +112,7 @@ class Job(Generic[R]):
 
     def source_bytes(self, item: Item) -> int:
         """Bytes that an item's reading takes: those of the tensor and, if it is in 4 bits, of its state."""
-        parts = (item.source, *self.source.quantized().get(item.source, ()))
+        parts = (item.source, *self.source.parts_of(item.source))
         return sum(self.source.info(name).nbytes for name in parts)
 
 

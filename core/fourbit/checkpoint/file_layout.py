@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,7 +47,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Item:
-    """What one source tensor becomes: itself, or a packed weight with the parts of its state."""
+    """What one source tensor becomes: itself, or a packed weight with the parts of its state.
+
+    Attributes:
+        source: its name.
+        quantize: whether that is to be done.
+        parts: tensors as stored; several for a 4-bit weight.
+    """
 
     source: str
     quantize: bool
@@ -100,6 +106,14 @@ def parse_size(size: int | str | None) -> int:
 def plain_item(info: TensorInfo) -> Item:
     """A tensor that is copied as it is."""
     return Item(info.name, False, (Part(info.name, info.dtype, info.shape, info.nbytes),))
+
+
+def packed_item(weight: TensorInfo, state: Iterable[TensorInfo]) -> Item:
+    """A 4-bit weight that is copied as it is, with the tensors of its state."""
+    found = sorted((weight, *state), key=lambda info: (META_MARK in info.name, -info.dtype.itemsize))
+    parts = [Part(info.name, info.dtype, info.shape, info.nbytes) for info in found]
+    size = parts[-1].nbytes + -sum(part.nbytes for part in parts) % ALIGN
+    return Item(weight.name, False, (*parts[:-1], replace(parts[-1], shape=(size,), nbytes=size)))
 
 
 def quantized_item(
@@ -170,7 +184,7 @@ def arrange(
 
 def _shard(name: str, items: list[Item], metadata: Mapping[str, str], prefix: str) -> Shard:
     # 4-bit weights end at multiples of 8, and of the rest the wide types come first: all are aligned then
-    ordered = sorted(items, key=lambda item: 0 if item.quantize else 16 - item.parts[0].dtype.itemsize)
+    ordered = sorted(items, key=lambda item: 0 if len(item.parts) > 1 else 16 - item.parts[0].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for part in (part for item in ordered for part in item.parts):

@@ -19,7 +19,7 @@ from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.file_layout import Item, plain_item, quantized_item
+from fourbit.checkpoint.file_layout import Item, packed_item, plain_item, quantized_item
 from fourbit.checkpoint.foreign import require_unquantized
 from fourbit.checkpoint.plan import combined, plan_members
 from fourbit.checkpoint.source import resolved
@@ -115,8 +115,8 @@ def quantize_checkpoint(
             items=output_items(source, planned),
             settings=_settings(planned, plans),
             configs=_configs(source, plans),
-            read=lambda item: source.read(item.source),
-            convert=lambda item, tensor: _converted(tensor, item, planned, where),
+            read=lambda item: {part: source.read(part) for part in (item.source, *source.parts_of(item.source))},
+            convert=lambda item, tensors: _converted(tensors, item, planned, where),
         )
         return QuantizeReport(**vars(build(job)), plan=planned, plans=plans)
 
@@ -180,12 +180,15 @@ def require_work(planned: QuantPlan) -> None:
 def output_items(source: Tensors, planned: QuantPlan) -> list[Item]:
     """What each tensor of the source becomes, in the source's order; sizes are exact before anything is read."""
     kind, double = planned.config.quant_type, planned.config.double_quant
-    items = [
-        quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double)
-        if t.action == "quantize"
-        else plain_item(source.info(t.name))
-        for t in planned.tensors
-    ]
+    companions = source.companions()
+    items = []
+    for t in planned.tensors:
+        if t.action == "quantize":
+            items.append(quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double))
+        elif t.name in source.quantized():  # in a part of the source that stays as it is
+            items.append(packed_item(source.info(t.name), map(source.info, source.parts_of(t.name))))
+        elif t.name not in companions:
+            items.append(plain_item(source.info(t.name)))
     names: set[str] = set()
     for part in (part for item in items for part in item.parts):
         if part.name in names:
@@ -194,11 +197,13 @@ def output_items(source: Tensors, planned: QuantPlan) -> list[Item]:
     return items
 
 
-def _converted(tensor: Tensor, item: Item, planned: QuantPlan, device: torch.device) -> Mapping[str, Tensor]:
+def _converted(
+    tensors: Mapping[str, Tensor], item: Item, planned: QuantPlan, device: torch.device
+) -> Mapping[str, Tensor]:
     """The tensors of one item, by name, on the CPU."""
     if not item.quantize:
-        return {item.source: tensor}
-    weight = tensor.to(device)
+        return tensors
+    weight = tensors[item.source].to(device)
     require_finite(weight, item.source)
     config = planned.config
     packed, state = quantize_4bit(

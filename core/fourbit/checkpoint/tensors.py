@@ -112,6 +112,10 @@ class Tensors:
         """The names of the 4-bit weights, each with the names of the tensors that hold its state."""
         return self._quantized
 
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The names of the tensors that hold a 4-bit weight's state; () for any other tensor."""
+        return self._quantized.get(name, ())
+
     def companions(self) -> frozenset[str]:
         """Names of all tensors that only describe a 4-bit weight."""
         return frozenset(key for keys in self._quantized.values() for key in keys)
