@@ -67,18 +67,23 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     return found.parent.resolve() / found.name if found.is_file() else found.resolve()
 
 
+def _is_revision(name: str) -> bool:
+    """Whether it is one component of a path, and not the folder itself or the one around it."""
+    return _REVISION.fullmatch(name) is not None and bool(name.strip("."))
+
+
 def _snapshot(repository: Path, wanted: str | None) -> Path:
-    if wanted is not None and _REVISION.fullmatch(wanted) and (repository / "snapshots" / wanted).is_dir():
+    if wanted is not None and _is_revision(wanted) and (repository / "snapshots" / wanted).is_dir():
         return repository / "snapshots" / wanted
-    reference = (wanted or "main").split("/")
-    if not all(_REVISION.fullmatch(part) and part.strip(".") for part in reference):
+    reference = ("main" if wanted is None else wanted).split("/")
+    if not all(map(_is_revision, reference)):
         raise CheckpointError(f"{wanted!r} is no revision")
     main = repository.joinpath("refs", *reference)
     revision = ""
     if main.is_file():
         with open(main, encoding="utf-8", errors="replace") as stream:
             revision = stream.read(256).strip()
-    if revision and _REVISION.fullmatch(revision) and (repository / "snapshots" / revision).is_dir():
+    if _is_revision(revision) and (repository / "snapshots" / revision).is_dir():
         return repository / "snapshots" / revision
     if wanted is not None:
         raise CheckpointError(f"{repository} is a repository in the Hub's cache, and has no snapshot of {wanted!r}")
