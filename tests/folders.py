@@ -81,7 +81,7 @@ COMPONENTS = {"transformer": "FluxTransformer2DModel", "text_encoder": "CLIPText
 """The components of `write_pipeline` that have weights, and their classes."""
 
 
-def write_pipeline(folder: Path) -> Path:
+def write_pipeline(folder: Path, layers: int = 4) -> Path:
     """A pipeline of diffusers: a denoiser in two files, a text encoder, a vae, a tokenizer and a scheduler."""
     listed: dict[str, object] = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1", "force_zeros": True}
     g = torch.Generator().manual_seed(0)
@@ -89,8 +89,8 @@ def write_pipeline(folder: Path) -> Path:
         library = "transformers" if name == "text_encoder" else "diffusers"
         listed[name] = [library, kind]
         stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-        layers = {f"blocks.{i}.to_q.weight": torch.randn(48, 64, generator=g).half() for i in range(4)}
-        tensors = {**layers, "norm.weight": torch.randn(64, generator=g).half(), "steps": torch.arange(3)}
+        blocks = {f"blocks.{i}.to_q.weight": torch.randn(48, 64, generator=g).half() for i in range(layers)}
+        tensors = {**blocks, "norm.weight": torch.randn(64, generator=g).half(), "steps": torch.arange(3)}
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps({"_name": name}))
         if name != "transformer":
