@@ -19,6 +19,8 @@ from fourbit.checkpoint.weight_files import PIPELINE_FILE, has_weights
 MODULES_FILE = "modules.json"
 MOST_PARTS = 1000
 """Components, or modules, that a folder may name: no pipeline has a twentieth of it."""
+MOST_DEEP = 16
+"""Folders within folders that a module may be in."""
 
 PIPELINE = "a pipeline of diffusers"
 SENTENCES = "a model of sentence-transformers"
@@ -114,13 +116,18 @@ def _is_quantized(name: str, library: str, kind: str) -> bool:
 
 
 def _within(path: Path, file: Path, what: str, name: str) -> str:
-    """The folder of that name in `path`. Raises CheckpointError if it would be elsewhere."""
+    """The folder of that name in `path`. Raises CheckpointError if it would be elsewhere, or can have no such name."""
     parts = PurePosixPath(name).parts
-    if what == "component" and len(parts) != 1 or not all(untrusted.is_plain_name(part) for part in parts):
-        raise CheckpointError(f"{file} names the {what} {name!r}, which is no folder within {path}")
+    if len(parts) > (1 if what == "component" else MOST_DEEP) or not parts or not all(map(_is_folder_name, parts)):
+        raise CheckpointError(f"{file} names the {what} {name[:80]!r}, which is no folder within {path}")
     folder = "/".join(parts)
     untrusted.require_inside(path / folder, path)
     return folder
+
+
+def _is_folder_name(name: str) -> bool:
+    # no system has longer ones, nor half a surrogate pair in them
+    return untrusted.is_plain_name(name) and len(name.encode(errors="surrogatepass")) < 256 and name.isprintable()
 
 
 def _modules(path: Path) -> dict[str, str]:

@@ -51,13 +51,13 @@ def find(source: Compound) -> Others:
     """The other files of a source; none for one that is a single file.
 
     Hidden files and folders, each model's config.json and a manifest, which describes the files beside it, are in no
-    list. Raises CheckpointError for a config.json that is a link out of the folder, or no file.
+    list. Raises CheckpointError for a config.json that is malformed, or a link out of the folder.
     """
     folder = source.path
     if not folder.is_dir():
         return Others()
-    for config in filter(untrusted.is_there, source.configs.values()):  # which may be carried over unread
-        untrusted.require_inside(config, config.parent)
+    for member in source.members.values():  # whose config.json may be carried over as it is
+        member.checkpoint.quantization_config()
     ours = {*source.files, *source.configs, *source.indexes, weight_files.MANIFEST_FILE}
     carried: list[str] = []
     left_out: list[str] = []

@@ -185,7 +185,8 @@ def output_items(source: Tensors, planned: QuantPlan) -> list[Item]:
     for t in planned.tensors:
         if t.action == "quantize":
             items.append(quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double))
-        elif t.name in source.quantized():  # in a part of the source that stays as it is
+        elif t.name in source.quantized():  # in a model that stays as it is
+            source.state(t.name)  # fits the weight, or is an error
             items.append(packed_item(source.info(t.name), map(source.info, source.parts_of(t.name))))
         elif t.name not in companions:
             items.append(plain_item(source.info(t.name)))
