@@ -14,7 +14,7 @@ from torch import nn
 import fourbit
 from fourbit.checkpoint import Checkpoint, CheckpointError
 from fourbit.checkpoint.quantize import quantize_checkpoint
-from tests.support import installed, skip_or_fail
+from tests.support import for_bitsandbytes, installed, skip_or_fail
 
 try:
     import transformers
@@ -48,10 +48,10 @@ def folders(tmp_path_factory):
 
 
 def load(kind, folder):
-    """As transformers does with bitsandbytes, where the folder says so."""
+    """As transformers does with bitsandbytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, config=for_bitsandbytes(folder))
 
 
 def by_module(plan):
@@ -230,7 +230,7 @@ def test_a_folder_runs_no_code_and_fetches_nothing(folders, tmp_path, monkeypatc
 
 def test_what_is_asked_is_the_shape_of_the_model_alone():
     """At any depth: a part of a model may have a config of its own."""
-    from fourbit_transformers.description import _cleaned
+    from fourbit_models.transformers import _cleaned
 
     part = {
         **{"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "a/b", "quantization_config": {}},

@@ -29,8 +29,8 @@ REPLACEMENTS: dict[type, type[PackedModule]] = {}
 class PackedModule(PackedStorage):
     """A module with a frozen 4-bit weight, in the place of a 16-bit one.
 
-    A subclass calls `setup` in its `__init__`, and has `like` and `forward`; and `query` and `sample` of its own where
-    these do not say what its forward asks and takes.
+    A subclass calls `setup` in its `__init__`, and has `like`, `restored` and `forward`; and `query` and `sample` of
+    its own where these do not say what its forward asks and takes.
 
     Attributes:
         replaces: of the class: whose modules' place it takes, and whose `weight` it quantizes; nn.Parameter: the place
@@ -56,6 +56,13 @@ class PackedModule(PackedStorage):
         """An empty one for the place of `replaced`, with all that this has beside its weight, such as a bias."""
         raise NotImplementedError(f"{cls.__name__} does not say how one is made for the place of another module")
 
+    def restored(self, weight: nn.Parameter) -> nn.Module | nn.Parameter:
+        """`like`'s counterpart: the 16-bit module for this one's place, with `weight` and all that this has beside its.
+
+        `weight` itself where a parameter made place.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say which 16-bit module takes its place")
+
     @classmethod
     def from_module(
         cls,
@@ -75,11 +82,11 @@ class PackedModule(PackedStorage):
         weight = replaced if isinstance(replaced, Tensor) else replaced.get_parameter("weight")
         config = config or QuantConfig()
         if twin is not None:
-            new = cls._in_place_of(replaced, replace(config, blocksize=twin.blocksize), weight.dtype, "meta")
+            new = cls.empty(replaced, replace(config, blocksize=twin.blocksize), weight.dtype, "meta")
             new._parameters.update({n: t for n, t in twin._parameters.items() if n in STORAGE})
             new._buffers.update({n: t for n, t in twin._buffers.items() if n in STORAGE})
             return new
-        new = cls._in_place_of(replaced, config, weight.dtype, weight.device)
+        new = cls.empty(replaced, config, weight.dtype, weight.device)
         if weight.device.type != "meta":
             new.store(weight, name)
         return new
@@ -100,14 +107,15 @@ class PackedModule(PackedStorage):
         Raises ValueError, with `name`, for another shape than that of `replaced`.
         """
         config = QuantConfig(state.quant_type, state.blocksize, state.double_quant, compute_dtype)
-        new = cls._in_place_of(replaced, config, state.dtype, packed.device if device is None else device)
+        new = cls.empty(replaced, config, state.dtype, packed.device if device is None else device)
         if new.weight_shape != state.shape:
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
         new.load_packed(packed, state)
         return new
 
     @classmethod
-    def _in_place_of(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device | str) -> Self:
+    def empty(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device | str) -> Self:
+        """One without a weight for the place of `replaced`."""
         new = cls.like(replaced, config, dtype, torch.device(device))
         return new.train(replaced.training) if isinstance(replaced, nn.Module) else new
 
@@ -117,6 +125,16 @@ class PackedModule(PackedStorage):
             undo.callback(_restore, table, dict(table))
         parent._parameters.pop(name, None)
         parent._modules[name] = self
+
+    def leave(self, parent: nn.Module, name: str, new: nn.Module | nn.Parameter, undo: ExitStack) -> None:
+        """`put`'s counterpart: `new` takes this one's place; closing `undo` brings back what was there."""
+        for table in (parent._modules, parent._parameters):
+            undo.callback(_restore, table, dict(table))
+        if isinstance(new, nn.Module):
+            parent._modules[name] = new
+        else:
+            del parent._modules[name]
+            parent._parameters[name] = new
 
     def query(self) -> OpQuery:
         """What its forward asks of the backends, for an input of its own dtype."""
@@ -154,3 +172,10 @@ def options(config: QuantConfig, dtype: torch.dtype, device: torch.device) -> di
 def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:
     table.clear()  # and not only the one entry: the order is that of before
     table.update(before)
+
+
+def fitting(tensor: nn.Parameter | None, weight: Tensor) -> nn.Parameter | None:
+    """A bias as it stands beside `weight` in a 16-bit module: itself, or a copy in the weight's dtype."""
+    if tensor is None or tensor.dtype == weight.dtype:
+        return tensor
+    return nn.Parameter(tensor.detach().to(weight.dtype), tensor.requires_grad)

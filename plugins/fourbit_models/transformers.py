@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fourbit.config import QuantConfig
 from fourbit.hookspecs import hookimpl
 from fourbit.plans.known import KnownModel, Target, without_weights
 
@@ -35,6 +37,40 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
             return None
         model = _build(transformers, found, _cleaned(config), names)
         return KnownModel(model, targets(model, names), f"{found.__name__} of transformers {transformers.__version__}")
+
+
+@hookimpl
+def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
+    """transformers' models in it are given fourbit's quantizer, which saves them."""
+    found = _outermost(model)
+    if found:
+        from fourbit_transformers.quantizer import attach
+
+        for part in found:
+            attach(part, config)
+
+
+@hookimpl
+def fourbit_model_dequantized(model: nn.Module) -> None:
+    """And have no quantizer any more."""
+    found = _outermost(model)
+    if found:
+        from fourbit_transformers.quantizer import detach
+
+        for part in found:
+            detach(part)
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """transformers' models in it that are in no other one; none where transformers is not imported."""
+    kind: type | None = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    found: dict[str, nn.Module] = {}
+    if kind is None:
+        return []
+    for name, part in model.named_modules():
+        if isinstance(part, kind) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            found[name] = part
+    return list(found.values())
 
 
 def model_class(transformers: Any, name: str) -> Any:
