@@ -83,8 +83,8 @@ MODELS = {
         T.HunYuanMoEV1Config(**GROUPED, num_experts=4, moe_topk=[2], head_dim=16)
     ),
 }
-OF_OTHER_LAYERS = ("falcon", "gpt2")
-"""Those of which nothing is quantized: FalconLinear and Conv1D are no nn.Linear."""
+OF_OTHER_LAYERS = ("falcon",)
+"""Those of which nothing is quantized: FalconLinear is no nn.Linear."""
 
 FUSED_EXPERTS = ("mixtral", "qwen3-moe", "granite-moe", "hunyuan-moe")
 """Their experts are 3-D in memory, which transformers with bitsandbytes cannot load in 4 bit."""
