@@ -12,7 +12,7 @@ from fourbit.checkpoint.compare import compare_checkpoints
 from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.nn import Conv1D4bit
-from tests.support import installed, skip_or_fail
+from tests.support import for_bitsandbytes, installed, skip_or_fail
 
 try:
     import transformers
@@ -90,12 +90,34 @@ def test_bitsandbytes_computes_the_same(name, folders, tmp_path):
     bnb = bitsandbytes()
     model, folder = folders(name)
     report = quantize_checkpoint(folder, tmp_path / "small", CONFIG)
-    found = load(type(model), tmp_path / "small")
+    found = load(type(model), tmp_path / "small", config=for_bitsandbytes(tmp_path / "small"))
     theirs = {n for n, m in found.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert theirs == {t.module for t in report.plan.quantized} and any(t.transposed for t in report.plan.quantized)
     ours = fourbit.quantize_model(load(type(model), folder), CONFIG)
     torch.testing.assert_close(outputs(found), outputs(ours), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(outputs(ours), outputs(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_with_fourbit_loads_and_saves(name, folders, tmp_path):
+    """On the fly, from a folder of the command and from one that transformers saved: the same layers, bit for bit."""
+    from fourbit_transformers import FourbitConfig
+
+    model, folder = folders(name)
+    quantize_checkpoint(folder, tmp_path / "small", CONFIG)
+    want = fourbit.quantize_model(load(type(model), folder), CONFIG)
+    want.save_pretrained(tmp_path / "saved")
+    made = load(type(model), folder, quantization_config=FourbitConfig(blocksize=64))
+    made.save_pretrained(tmp_path / "again")
+    for found in (made, *(load(type(model), tmp_path / place) for place in ("small", "saved", "again"))):
+        layers = {n: m for n, m in want.named_modules() if isinstance(m, Conv1D4bit)}
+        assert {n for n, m in found.named_modules() if isinstance(m, Conv1D4bit)} == layers.keys() != set()
+        for layer, its in ((layers[n], found.get_submodule(n)) for n in layers):
+            assert torch.equal(layer.qweight, its.qweight) and torch.equal(layer.scales, its.scales)
+        assert torch.equal(outputs(found), outputs(want))
+    for place in ("saved", "again"):
+        same = compare_checkpoints(tmp_path / "small", tmp_path / place)
+        assert not same.errors and all(t.identical for t in same.tensors)
 
 
 @pytest.mark.parametrize("name", ALL)
