@@ -201,3 +201,40 @@ def test_an_adapter_of_the_16_bit_model_fits(folders, tmp_path):
         off = outputs(ours)
     moved = outputs(plain) - outputs(load(type(model), folder))
     assert ((outputs(ours) - off) - moved).norm() < 0.3 * moved.norm()
+
+
+@pytest.mark.parametrize("dora", (False, True))
+def test_quantized_and_dequantized_within_an_adapter(dora, folders):
+    """peft's layers hold fan_in_fan_out; a square matrix the wrong way round would go unnoticed."""
+    if not installed("peft"):
+        skip_or_fail("peft is not installed: adapters are not tried")
+    import peft
+
+    model, folder = folders("gpt2")
+    targets = ["c_attn", "attn.c_proj"]
+    how = {"target_modules": targets, "init_lora_weights": False, "use_dora": dora, "fan_in_fan_out": True}
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(load(type(model), folder), peft.LoraConfig(r=4, **how)).eval()
+    before = outputs(adapted)
+    fourbit.quantize_model(adapted, CONFIG)
+    assert sum(isinstance(m, Conv1D4bit) for m in adapted.modules()) == 4
+    small = outputs(adapted)
+    assert 0 < (small - before).norm() < 0.4 * before.norm()
+    fourbit.dequantize_model(adapted)
+    assert sum(type(m) is Conv1D for m in adapted.modules()) == 4
+    torch.testing.assert_close(outputs(adapted), small, rtol=1e-4, atol=1e-4)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(outputs(merged), small, rtol=1e-4, atol=1e-4)
+
+
+def test_dequantized_in_memory_it_is_what_it_was(folders, tmp_path):
+    model, folder = folders("gpt2")
+    found = fourbit.quantize_model(load(type(model), folder), CONFIG)
+    first, second = (found.transformer.h[0].attn.c_proj, found.transformer.h[0].attn.c_attn)
+    values, want = first.dequantize(), outputs(found)
+    fourbit.dequantize_model(found)
+    assert {type(m) for m in (found.transformer.h[0].attn.c_proj, found.transformer.h[0].attn.c_attn)} == {Conv1D}
+    assert torch.equal(found.transformer.h[0].attn.c_proj.weight, values.T) and second.bias is not None
+    torch.testing.assert_close(outputs(found), want, rtol=1e-4, atol=1e-4)
+    found.save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(outputs(load(type(model), tmp_path / "plain")), want, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,14 @@ from fourbit.nn.embedding import Embedding4bit
 from fourbit.nn.experts import ExpertWeights4bit
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.packed import PackedModule
-from fourbit.nn.view import WeightView
+from fourbit.nn.view import RequantizationWarning, WeightView
 
-__all__ = ["Conv1D4bit", "Embedding4bit", "ExpertWeights4bit", "Linear4bit", "PackedModule", "WeightView"]
+__all__ = [
+    "Conv1D4bit",
+    "Embedding4bit",
+    "ExpertWeights4bit",
+    "Linear4bit",
+    "PackedModule",
+    "RequantizationWarning",
+    "WeightView",
+]

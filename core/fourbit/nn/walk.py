@@ -104,7 +104,7 @@ def _walk(place: _Place, heads: set[int], seen: set[int]) -> Iterator[_Place]:
 
 
 def _role_in(parent: nn.Module, key: str, child: nn.Module) -> str:
-    """ROUTER, if that is what the child `key` of `parent` is, or "": a gated product's gate has no experts beside it."""
+    """ROUTER, if that is what the child `key` of `parent` is, or "": a gated product's gate has no experts beside."""
     named = key in ROUTERS or _ROUTER.search(type(child).__name__)
     return ROUTER if named and _has_experts(parent) else ""
 

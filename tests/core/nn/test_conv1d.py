@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -93,11 +95,24 @@ def test_a_bad_value_is_named_where_it_is():
         Conv1D4bit.from_module(conv, name="c_attn.weight")
 
 
+@pytest.fixture
+def transformers_has_it(monkeypatch):
+    library = ModuleType("transformers.pytorch_utils")
+    library.Conv1D = Conv1D
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", library)
+
+
+@pytest.mark.usefixtures("transformers_has_it")
 def test_twins_share_one_weight_and_a_linear_layer_is_none():
     model = nn.ModuleDict({"a": Conv1D(64, 64), "b": Conv1D(64, 64), "c": nn.Linear(64, 64)})
     model["b"].weight = model["a"].weight
     fourbit.quantize_model(model)
     assert model["a"].qweight is model["b"].qweight and model["a"].bias is not model["b"].bias
+    held = model["a"].dequantize()
+    fourbit.dequantize_model(model)
+    assert type(model["a"]) is type(model["b"]) is Conv1D and model["a"].weight is model["b"].weight
+    assert torch.equal(model["a"].weight, held.T)
     model = nn.ModuleDict({"a": Conv1D(64, 64), "c": nn.Linear(64, 64)})
     model["c"].weight = model["a"].weight
     assert [t.action for t in fourbit.plan(model).tensors if "weight" in t.name] == ["skip", "skip"]
