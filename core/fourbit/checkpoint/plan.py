@@ -121,7 +121,7 @@ def _by_model(
         target = model.targets.get(name, known.Target(()))
         goals = [parts[goal] for goal in target.names if goal in parts]
         if goals:
-            found[name] = _as_stored(goals, target.rearranged, by_name[name])
+            found[name] = _as_stored(goals, target, by_name[name])
         elif any(goal in buffers for goal in target.names):
             found[name] = replace(by_name[name], note="buffer")
         else:
@@ -129,12 +129,14 @@ def _by_model(
     return found
 
 
-def _as_stored(goals: list[Layer], rearranged: bool, stored: Layer) -> Layer:
+def _as_stored(goals: list[Layer], target: known.Target, stored: Layer) -> Layer:
     """What the tensor `stored` is, knowing which of the model's it becomes."""
     goal = next((g for g in goals if g.kind in _WHOLE), goals[0])
     kind = goal.kind
-    if rearranged and kind in _WHOLE:
-        kind = "rearranged"
+    parts: tuple[Layer, ...] = ()
+    if target.rearranged and kind in _WHOLE:
+        whole_rows = target.by_rows and all(g.kind == "linear" and g.shape[1:] == stored.shape[1:] for g in goals)
+        kind, parts = ("linear", tuple(goals)) if whole_rows else ("rearranged", ())
     elif kind == "experts" and len(stored.shape) == 2:
         kind = "linear"  # one expert's matrix
     elif kind in _WHOLE and len(stored.shape) != len(goal.shape):
@@ -146,5 +148,6 @@ def _as_stored(goals: list[Layer], rearranged: bool, stored: Layer) -> Layer:
         dtype=stored.dtype,
         nbytes=stored.nbytes,
         kind=kind,
+        parts=parts,
         aliases=(stored.name, stored.module, goal.name),
     )
