@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import Item, Part, plain_item
+from fourbit.checkpoint.plan import transposed
 from fourbit.checkpoint.source import resolved
 from fourbit.checkpoint.tensors import Tensors
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
@@ -51,7 +53,8 @@ def dequantize_checkpoint(
     """Write a copy of the 4-bit model folder `src` to `dst` whose weights are plain 16- or 32-bit tensors.
 
     `quantization_config` leaves config.json, that of each model in 4 bits where there are several; other files are
-    carried over. Reading, dequantizing and writing overlap; in memory are a few weights at a time.
+    carried over. Weights of transformers' Conv1D are [in, out] again (see `plan.transposed`). Reading, dequantizing and
+    writing overlap; in memory are a few weights at a time.
 
     Args:
         src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file.
@@ -71,14 +74,16 @@ def dequantize_checkpoint(
     with Compound(resolved(src)) as source:
         require_quantized(source)
         where = torch.device(device)
+        turned = transposed(source) & source.quantized().keys()
+        settings: dict[str, Any] = {"dequantize": "the stored types" if dtype is None else dtype_name(dtype)}
         job = Job(
             request,
             source,
-            items=output_items(source, dtype),
-            settings={"dequantize": "the stored types" if dtype is None else dtype_name(dtype)},
+            items=output_items(source, dtype, turned),
+            settings={**settings, "transposed": sorted(turned)} if turned else settings,
             configs=_configs(source),
             read=lambda item: _read(source, item),
-            convert=lambda item, content: {item.source: _plain(item, content, where)},
+            convert=lambda item, content: {item.source: _plain(item, content, item.source in turned, where)},
         )
         report, quantized, names = build(job), source.quantized(), [item.source for item in job.items]
     return DequantizeReport(
@@ -108,8 +113,11 @@ def _configs(source: Compound) -> dict[str, dict[str, Any] | None]:
     return found
 
 
-def output_items(source: Tensors, dtype: torch.dtype | None = None) -> list[Item]:
-    """What each weight of the source becomes, in the source's order; only headers and states are read."""
+def output_items(source: Tensors, dtype: torch.dtype | None = None, turned: Collection[str] = ()) -> list[Item]:
+    """What each weight of the source becomes, in the source's order; only headers and states are read.
+
+    `turned` are the names of 4-bit weights whose layers hold the transposed one.
+    """
     companions = source.companions()
     items = []
     for name, info in source.entries.items():
@@ -120,7 +128,8 @@ def output_items(source: Tensors, dtype: torch.dtype | None = None) -> list[Item
             continue
         state = source.state(name)
         kind = dtype or state.dtype
-        part = Part(name, kind, tuple(state.shape), state.numel * kind.itemsize)
+        shape = tuple(state.shape)
+        part = Part(name, kind, shape[::-1] if name in turned else shape, state.numel * kind.itemsize)
         items.append(Item(name, False, (part,)))
     return items
 
@@ -134,7 +143,7 @@ def _read(source: Tensors, item: Item) -> Content:
     return source.read(item.source)
 
 
-def _plain(item: Item, content: Content, device: torch.device) -> Tensor:
+def _plain(item: Item, content: Content, turned: bool, device: torch.device) -> Tensor:
     """The tensor of one item, on the CPU, in the layout's dtype."""
     if isinstance(content, Tensor):
         return content
@@ -145,4 +154,4 @@ def _plain(item: Item, content: Content, device: torch.device) -> Tensor:
     except NonFiniteError as error:
         found = str(error).partition(";")[0]
         raise NonFiniteError(f"{found} after dequantizing: its scales are not finite, or overflow the dtype") from None
-    return weight.cpu()
+    return (weight.T.contiguous() if turned else weight).cpu()

@@ -108,6 +108,7 @@ def quantize_checkpoint(
         planned = combined(source, plans)
         require_work(planned)
         where = torch.device(device)
+        transposed = _transposed(planned)
         job = Job(
             request,
             source,
@@ -115,7 +116,7 @@ def quantize_checkpoint(
             settings=_settings(planned, plans),
             configs=_configs(source, plans),
             read=lambda item: {part: source.read(part) for part in (item.source, *source.parts_of(item.source))},
-            convert=lambda item, tensors: _converted(tensors, item, planned, where),
+            convert=lambda item, tensors: _converted(tensors, item, item.source in transposed, planned, where),
         )
         return QuantizeReport(**vars(build(job)), plan=planned, plans=plans)
 
@@ -151,13 +152,19 @@ def _settings(planned: QuantPlan, plans: Mapping[str, QuantPlan]) -> dict[str, A
     """All that determines the output beside the source, as JSON values."""
     config = planned.config
     code = codebooks.get(config.quant_type)
-    return {
+    settings = {
         "quant_type": code.name,
         "codebook": list(code.values),
         "blocksize": planned.blocksize,
         "double_quant": config.double_quant,
         "quantization_config": {folder: quantization_config(each) for folder, each in plans.items() if each.quantized},
     }
+    transposed = sorted(_transposed(planned))
+    return {**settings, "transposed": transposed} if transposed else settings
+
+
+def _transposed(planned: QuantPlan) -> frozenset[str]:
+    return frozenset(t.name for t in planned.quantized if t.transposed)
 
 
 def require_work(planned: QuantPlan) -> None:
@@ -183,7 +190,7 @@ def output_items(source: Tensors, planned: QuantPlan) -> list[Item]:
     items = []
     for t in planned.tensors:
         if t.action == "quantize":
-            items.append(quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double))
+            items.append(quantized_item(t.name, t.shape_in_4bit, t.dtype, kind, planned.blocksize, double))
         elif t.name in source.quantized():  # in a model that stays as it is
             source.state(t.name)  # fits the weight, or is an error
             items.append(packed_item(source.info(t.name), map(source.info, source.parts_of(t.name))))
@@ -198,7 +205,7 @@ def output_items(source: Tensors, planned: QuantPlan) -> list[Item]:
 
 
 def _converted(
-    tensors: Mapping[str, Tensor], item: Item, planned: QuantPlan, device: torch.device
+    tensors: Mapping[str, Tensor], item: Item, transposed: bool, planned: QuantPlan, device: torch.device
 ) -> Mapping[str, Tensor]:
     """The tensors of one item, by name, on the CPU."""
     if not item.quantize:
@@ -207,7 +214,10 @@ def _converted(
     require_finite(weight, item.source)
     config = planned.config
     packed, state = quantize_4bit(
-        weight, quant_type=config.quant_type, blocksize=planned.blocksize, double_quant=config.double_quant
+        weight.T.contiguous() if transposed else weight,
+        quant_type=config.quant_type,
+        blocksize=planned.blocksize,
+        double_quant=config.double_quant,
     )
     parts = {item.source: packed, **state.to_state_dict(item.source + ".")}
     return {name: part.cpu() for name, part in parts.items()}
