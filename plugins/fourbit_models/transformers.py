@@ -131,8 +131,15 @@ def targets(model: Any, names: tuple[str, ...]) -> dict[str, Target]:
             goals += [renamed.replace(first, other) for other in others]
         goals = [goal for goal in goals if goal in tensors]
         if goals:
-            found[name] = Target(tuple(goals), pattern is not None)
+            by_rows = pattern is not None and _keeps_rows(by_pattern[pattern])
+            found[name] = Target(tuple(goals), pattern is not None, by_rows)
     return found
+
+
+def _keeps_rows(converter: Any) -> bool:
+    """Whether it only divides matrices between rows, or puts them below each other."""
+    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+    return all(name in ("Chunk", "Split", "Concatenate") and dim == 0 for name, dim in operations)
 
 
 @dataclass(frozen=True)
