@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
+from fourbit.checkpoint.quantize import require_work
 from fourbit.config import QuantConfig
 from fourbit.functional import dequantize_4bit
 from fourbit.nn import PackedModule
 from fourbit.nn.dequantize import dequantize_model
+from fourbit.nn.frozen import plain
 from fourbit.nn.packed import replacement
 from fourbit.nn.quantize import plan_model
+from fourbit.nn.storage import STORAGE
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.reading import Quantize, converter
@@ -47,6 +52,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._planned: dict[str, QuantConfig] = {}
         self._places: Places = {}
+        self._dtypes: list[tuple[re.Pattern[str], torch.dtype]] | None = None
         self._conversions: list[Any] | None = None
         self._originals: dict[int, Any] = {}
         self._returned: list[Any] = []
@@ -76,8 +82,14 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether a parameter of the model is planned to be 4-bit."""
         return param_name in self._planned
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if self.pre_quantized:
+            _require_files_of_ours(checkpoint_files or [])
         planned = plan_model(model, self.quantization_config.quant)
+        if not self.pre_quantized:
+            require_work(planned)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
         # the device, and with it the default blocksize, is that of the weight when it arrives
@@ -108,7 +120,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
     # ---- weights as they arrive -------------------------------------------------------------------------
 
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Put a 4-bit module in the place of the parameter `name`; returns its storage's tensors by full name."""
+        """Put a 4-bit module in the place of the parameter `name`; returns its storage's parameters by full name."""
         owner, leaf, cls, replaced = _place(model, name)
         if isinstance(replaced, nn.Module):
             replaced._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
@@ -116,7 +128,10 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             replaced = weight
         new = cls.from_module(replaced, self._planned[name], name)
         self._put(owner, leaf, name, new)
-        return _named(name, new, {n: t for n, t in (*new._parameters.items(), *new._buffers.items()) if t is not None})
+        storage = {own: tensor for own, tensor in new._parameters.items() if own in STORAGE and tensor is not None}
+        for own, tensor in storage.items():  # transformers puts them back, or on a disk
+            setattr(new, own, nn.Parameter(tensor.to("meta"), requires_grad=False))
+        return _named(name, new, {own: plain(tensor) for own, tensor in storage.items()})
 
     def unpacked(self, model: nn.Module, name: str, weight: Packed) -> dict[str, Tensor]:
         """The same for a weight that is packed already."""
@@ -128,11 +143,24 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if new.weight_shape != state.shape:
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
         self._put(owner, leaf, name, new)
-        return _named(name, new, new.storage_of(*weight))
+        storage = new.storage_of(*weight)
+        for own in [own for own in storage if own in new._buffers]:
+            setattr(new, own, storage.pop(own))
+        return _named(name, new, storage)
 
     def dequantized(self, weight: Packed) -> Tensor:
         """A packed weight in the dtype that it was quantized from."""
         return dequantize_4bit(weight.codes, weight.state)
+
+    def as_wanted(self, model: Any, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that is not packed in the dtype that transformers would read it in, were there no quantizer."""
+        wanted: Tensor = model.get_parameter_or_buffer(name)
+        if not (tensor.is_floating_point() and wanted.is_floating_point()):
+            return tensor
+        if self._dtypes is None:
+            found = model._get_dtype_plan(model.dtype)  # what the model keeps in float32
+            self._dtypes = [(build_glob_alternation([pattern])[0], dtype) for pattern, dtype in found.items()]
+        return tensor.to(next((dtype for kept, dtype in self._dtypes if kept.search(name)), wanted.dtype))
 
     def _put(self, owner: nn.Module, leaf: str, name: str, new: PackedModule) -> None:
         whole = new.replaces is not nn.Parameter
@@ -225,6 +253,24 @@ def detach(model: Any) -> None:
 def finish(model: Any, config: FourbitConfig) -> None:
     """What any 4-bit model of transformers gets, however it came to be."""
     setattr(model, K_BIT, True)
+
+
+def _require_files_of_ours(files: list[str]) -> None:
+    """Raise ValueError for what `save_pretrained` writes of a model of which only a part was quantized in memory.
+
+    The outer model knows of no quantizer then, and its files have the modules' own storage.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            name = next((name for name in opened.keys() if name.endswith(".qweight")), None)  # noqa: SIM118
+        if name is not None:
+            raise ValueError(
+                f"{file} has {name!r}, a 4-bit module's own storage: it was written by save_pretrained of a model of"
+                " which a part alone had been quantized in memory. Quantize the whole, quantize_model(model), with"
+                " skip_modules for what is to stay, and save it again"
+            )
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, type[PackedModule], nn.Module | Tensor]:
