@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from fourbit.config import QuantConfig
 from fourbit.hookspecs import hookimpl
 from fourbit.plans.known import KnownModel, Target, without_weights
+
+_NOT_ASKED = ("auto_map", "quantization_config")
+"""Keys of a config.json that have nothing to do with the model's shape."""
 
 
 @hookimpl
@@ -25,10 +30,25 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     if kind is None:
         return None
     with without_weights(names):
-        model: nn.Module = kind.from_config({key: value for key, value in config.items() if key != "auto_map"})
-    tensors = model.state_dict()
-    targets = {each: Target((each,)) for each in names if each in tensors}
+        model: nn.Module = kind.from_config({key: value for key, value in config.items() if key not in _NOT_ASKED})
+    from fourbit_diffusers.loading import renamed
+
+    tensors, new = model.state_dict(), renamed(model, names)
+    targets = {each: Target((new[each],)) for each in names if new[each] in tensors}
     return KnownModel(model, targets, f"{name} of diffusers {diffusers.__version__}")
+
+
+@hookimpl
+def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
+    """diffusers' models in it are given fourbit's quantizer, which saves them."""
+    modeling = sys.modules.get("diffusers.models.modeling_utils")
+    kind = getattr(modeling, "ModelMixin", None)
+    found = [part for part in model.modules() if kind is not None and isinstance(part, kind)]
+    if found:
+        from fourbit_diffusers.quantizer import attach
+
+        for part in found:
+            attach(part, config)
 
 
 def _model_class(diffusers: Any, name: str) -> Any:
