@@ -7,18 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from fourbit.config import QuantConfig
 from fourbit.functional import dequantize_4bit
 from fourbit.nn import PackedModule
+from fourbit.nn.dequantize import dequantize_model
 from fourbit.nn.packed import replacement
 from fourbit.nn.quantize import plan_model
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.reading import Quantize, converter
 from fourbit_transformers.rows import Packed
+
+K_BIT = "hqq_quantized"
+"""What peft's `prepare_model_for_kbit_training` knows a model by that is to be trained with gradient checkpointing.
+
+It has a list of methods, and this is the one mark on it that nobody else reads: `is_loaded_in_4bit` makes transformers
+import bitsandbytes, and peft refuse to merge. Norms then stay in 16 bit, as for all methods but bitsandbytes.
+"""
 
 Places = dict[int, list[tuple[nn.Module, str]]]
 
@@ -148,8 +157,11 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         used = model._weight_conversions if getattr(model, "_weight_conversions", None) is not None else []
         originals = self._originals if self.pre_quantized else {id(each): each for each in used}
         self._keep_conversions(model, [originals[id(each)] for each in used if id(each) in originals])
-        self._returned[:] = [originals.get(id(each), each) for each in self._returned if id(each) in originals or
-                             not isinstance(each, WeightConverter)]
+        self._returned[:] = [
+            originals.get(id(each), each)
+            for each in self._returned
+            if id(each) in originals or not isinstance(each, WeightConverter)
+        ]
         self._places, self._originals, self._returned = {}, {}, []
         finish(model, self.quantization_config)
         return model
@@ -180,16 +192,10 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         saving.describe(model, self.quantization_config)
         return saving.state_dict(model, self._conversions), {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        from fourbit.nn.dequantize import dequantize_model
-
-        return dequantize_model(model, dtype)
-
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model in 16 bit again; `dtype` None: its own."""
-        conversions = self._conversions
-        model = super().dequantize(model, dtype)
-        model._weight_conversions = conversions
+        dequantize_model(model, model.config.dtype if dtype is None else dtype)
+        detach(model)  # also one of which nothing was 4-bit
         return model
 
 
@@ -204,8 +210,21 @@ def attach(model: Any, config: QuantConfig) -> None:
     finish(model, quantizer.quantization_config)
 
 
+def detach(model: Any) -> None:
+    """`attach`'s counterpart, and that of loading: the model is in 16 bit, and transformers is to know it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, FourbitQuantizer):
+        quantizer.remove_quantization_config(model)
+        model._weight_conversions = quantizer._conversions
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+    model.__dict__.pop(K_BIT, None)
+
+
 def finish(model: Any, config: FourbitConfig) -> None:
     """What any 4-bit model of transformers gets, however it came to be."""
+    setattr(model, K_BIT, True)
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, type[PackedModule], nn.Module | Tensor]:

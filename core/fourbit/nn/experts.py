@@ -55,6 +55,10 @@ class ExpertWeights4bit(PackedModule):
         """An empty one of the same shape."""
         return cls(tuple(replaced.shape), **options(config, dtype, device))  # type: ignore[arg-type]
 
+    def restored(self, weight: nn.Parameter) -> nn.Parameter:
+        """The parameter itself."""
+        return weight
+
     def put(self, parent: nn.Module, name: str, undo: ExitStack) -> None:
         """As any other, and have transformers' modules loop over the experts: other ways need all of them in 16 bit."""
         super().put(parent, name, undo)
