@@ -1,4 +1,4 @@
-"""diffusers: 4-bit models and pipelines, by `from_pretrained(…, quantization_config=FourbitConfig())` and `save_pretrained`.
+"""diffusers: `from_pretrained(…, quantization_config=FourbitConfig())` and `save_pretrained`, of models and pipelines.
 
 Importing it registers fourbit with diffusers: from then on folders that fourbit wrote open with fourbit's modules.
 """

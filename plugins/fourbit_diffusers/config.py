@@ -23,7 +23,7 @@ class _Method(str, Enum):
     FOURBIT = METHOD
 
 
-class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FourbitConfig(QuantizationConfigMixin):
     """How `from_pretrained` is to quantize a model of diffusers while it loads.
 
     Args:
@@ -55,7 +55,7 @@ class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError("FourbitConfig: offload_experts is for models of transformers; diffusers has none for it")
         # a string, or no iterable, is refused by QuantConfig with the right words
         skip = skip_modules if isinstance(skip_modules, str) else tuple(skip_modules or ())
-        self.quant_method = _Method.FOURBIT
+        self.quant_method = _Method.FOURBIT  # type: ignore[assignment]  # one that diffusers' own do not have
         self.quant = QuantConfig(quant_type, blocksize, double_quant, compute_dtype, skip)  # type: ignore[arg-type]
         self.left_modules: tuple[str, ...] = ()
         """Names of the linear layers that are in 16 bit, once a model is quantized."""
@@ -73,7 +73,7 @@ class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return new
         if not getattr(config, "load_in_4bit", True):
             raise ValueError("fourbit has no 8-bit weights: want BitsAndBytesConfig(load_in_4bit=True)")
-        return cls.from_dict(config.to_dict())
+        return cls.from_dict(config.to_dict())  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -82,8 +82,7 @@ class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if MARK in entry or entry.get("load_in_4bit"):
             found = cls(**_fields(entry))
             found.left_modules = tuple(entry.get("llm_int8_skip_modules") or ())
-            dtype = as_compute_dtype(entry.get(_DTYPE) or entry.get("bnb_4bit_compute_dtype"))
-            found.dtype = dtype
+            found.dtype = as_compute_dtype(entry.get(_DTYPE) or entry.get("bnb_4bit_compute_dtype"))
         else:
             found = cls(**entry)
         return (found, kwargs) if return_unused_kwargs else found

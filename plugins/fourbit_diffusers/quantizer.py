@@ -19,7 +19,7 @@ from fourbit_diffusers.loading import Incoming
 from fourbit_diffusers.saving import in_bitsandbytes_layout
 
 
-class FourbitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class FourbitQuantizer(DiffusersQuantizer):
     """Loads models of diffusers in 4 bits, on the fly or from folders in the bitsandbytes layout, and saves them so.
 
     4-bit modules without values take their places before anything is read. Of each file that diffusers reads, what
@@ -27,7 +27,7 @@ class FourbitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """
 
     use_keep_in_fp32_modules = True
-    required_packages = ["accelerate"]
+    quantization_config: FourbitConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         # one of its own: configurations are shared by models, and this one gets to know its model
@@ -60,8 +60,7 @@ class FourbitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> None:
         if state_dict is not None:  # from_single_file hands over what it has read
             self._incoming.open(list(state_dict), ())
-        config = self.quantization_config.quant
-        self._incoming.prepare(model, config, self._dtype, device_map)
+        self._incoming.prepare(model, self.quantization_config.quant, self._dtype, device_map)
         self._attach(model, self._dtype)
         if state_dict is not None:
             translated = self._incoming.translate(state_dict)
@@ -121,7 +120,7 @@ class FourbitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.hf_quantizer = self
 
     def _attach(self, model: Any, dtype: torch.dtype) -> None:
-        config: FourbitConfig = self.quantization_config
+        config = self.quantization_config
         config.dtype = dtype
         packed = [module for module in model.modules() if isinstance(module, PackedModule)]
         if config.quant.blocksize is None and packed:
@@ -130,15 +129,12 @@ class FourbitQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._model = weakref.ref(model)  # weakly, or the model would be freed by the garbage collector alone
         model.register_to_config(quantization_config=config)
 
-    def _dequantize(self, model: Any) -> nn.Module:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if isinstance(child, PackedModule):
-                    parent._modules[name] = _sixteen_bit(child)
-        kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        del model._internal_dict
-        model.register_to_config(**kept)
-        return model  # type: ignore[no-any-return]
+    def _dequantize(self, model: Any) -> Any:
+        from fourbit.nn.dequantize import dequantize_model
+
+        found = dequantize_model(model)
+        model.hf_quantizer = self  # which diffusers takes away itself, and fails where it is gone
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": self._model and self._model()}
@@ -155,6 +151,17 @@ def attach(model: Any, config: QuantConfig) -> None:
         FourbitQuantizer(config).attach_quantized(model, packed.dtype)
 
 
+def detach(model: Any) -> None:
+    """Have diffusers save a model as the 16-bit one that it is again."""
+    if not isinstance(getattr(model, "hf_quantizer", None), FourbitQuantizer):
+        return
+    del model.hf_quantizer
+    model.is_quantized, model.quantization_method = False, None
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    del model._internal_dict
+    model.register_to_config(**config)
+
+
 def _left(model: nn.Module) -> Sequence[str]:
     """The linear layers in 16 bit, as diffusers' bitsandbytes loader wants to be told of them: by whole names."""
     return [
@@ -162,12 +169,3 @@ def _left(model: nn.Module) -> Sequence[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, PackedModule)
     ]
-
-
-def _sixteen_bit(module: PackedModule) -> nn.Module:
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"dequantize: a {type(module).__name__} has no 16-bit counterpart that fourbit knows")
-    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(module.dequantize(), requires_grad=False)
-    linear.bias = module.bias
-    return linear.train(module.training)

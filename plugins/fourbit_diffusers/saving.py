@@ -17,7 +17,7 @@ _ALIGN = 16
 def in_bitsandbytes_layout(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state_dict` of `model` with, for each 4-bit weight, the packed weight and its state.
 
-    Raises ValueError for a model with adapters, whose names nobody could read back, and one whose weights are offloaded.
+    Raises ValueError for a model with adapters, whose names nobody could read back, and for one that is offloaded.
     """
     found: dict[str, tuple[str, PackedModule]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -41,14 +41,25 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
 @hookimpl
 def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
     """diffusers' models in it are given fourbit's quantizer, which saves them."""
-    modeling = sys.modules.get("diffusers.models.modeling_utils")
-    kind = getattr(modeling, "ModelMixin", None)
-    found = [part for part in model.modules() if kind is not None and isinstance(part, kind)]
-    if found:
+    for part in _models(model):
         from fourbit_diffusers.quantizer import attach
 
-        for part in found:
-            attach(part, config)
+        attach(part, config)
+
+
+@hookimpl
+def fourbit_model_dequantized(model: nn.Module) -> None:
+    """And have no quantizer any more."""
+    for part in _models(model):
+        from fourbit_diffusers.quantizer import detach
+
+        detach(part)
+
+
+def _models(model: nn.Module) -> list[nn.Module]:
+    """diffusers' models in it; none where diffusers is not imported."""
+    kind: type | None = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
+    return [part for part in model.modules() if kind is not None and isinstance(part, kind)]
 
 
 def _model_class(diffusers: Any, name: str) -> Any:

@@ -34,11 +34,11 @@ _MODELS = {
         {
             "sample_size": 8,
             "layers_per_block": 1,
-            "block_out_channels": (32, 64),
+            "block_out_channels": (64, 128),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 32,
-            "attention_head_dim": 8,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 16,
             "norm_num_groups": 8,
         },
     ),
@@ -86,12 +86,12 @@ _MODELS = {
         {
             "patch_size": (1, 2, 2),
             "num_attention_heads": 2,
-            "attention_head_dim": 12,
+            "attention_head_dim": 32,
             "in_channels": 4,
             "out_channels": 4,
-            "text_dim": 32,
+            "text_dim": 64,
             "freq_dim": 64,
-            "ffn_dim": 64,
+            "ffn_dim": 128,
             "num_layers": 1,
             "cross_attn_norm": True,
             "rope_max_seq_len": 32,
@@ -103,7 +103,7 @@ _INPUTS = {
     "unet": lambda: {
         "sample": torch.randn(1, 4, 8, 8),
         "timestep": torch.tensor([3]),
-        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "encoder_hidden_states": torch.randn(1, 5, 64),
     },
     "flux": lambda: {
         "hidden_states": torch.randn(1, 16, 16),
@@ -123,6 +123,6 @@ _INPUTS = {
     "wan": lambda: {
         "hidden_states": torch.randn(1, 4, 2, 8, 8),
         "timestep": torch.tensor([3]),
-        "encoder_hidden_states": torch.randn(1, 5, 32),
+        "encoder_hidden_states": torch.randn(1, 5, 64),
     },
 }
