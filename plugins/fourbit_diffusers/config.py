@@ -65,11 +65,11 @@ class FourbitConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, config: Any) -> FourbitConfig:
         """The one with the fields of a QuantConfig, of transformers' FourbitConfig, or of a BitsAndBytesConfig."""
-        if isinstance(config, QuantConfig):
-            return cls(**config.to_dict())
-        if isinstance(config, cls):
-            new = cls(**config.quant.to_dict())
-            new.left_modules, new.dtype = config.left_modules, config.dtype
+        quant = config if isinstance(config, QuantConfig) else getattr(config, "quant", None)
+        if isinstance(quant, QuantConfig):
+            new = cls(**quant.to_dict(), offload_experts=getattr(config, "offload_experts", False))
+            if isinstance(config, cls):
+                new.left_modules, new.dtype = config.left_modules, config.dtype
             return new
         if not getattr(config, "load_in_4bit", True):
             raise ValueError("fourbit has no 8-bit weights: want BitsAndBytesConfig(load_in_4bit=True)")

@@ -72,7 +72,9 @@ def test_it_reads_ours(without_fourbit, tmp_path, kind, size):
         weight = theirs.get_submodule(name).weight
         want = ours.get_submodule(name).quant_state()[0]
         assert torch.equal(weight.data.flatten(), want.flatten())
-        assert torch.equal(bnb.functional.dequantize_4bit(weight.data, weight.quant_state), ours.get_submodule(name).dequantize())
+        assert torch.equal(
+            bnb.functional.dequantize_4bit(weight.data, weight.quant_state), ours.get_submodule(name).dequantize()
+        )
     assert torch.allclose(tiny.run(theirs), tiny.run(ours), atol=1e-5)
 
 
@@ -123,7 +125,9 @@ def test_take_over(take_over, tmp_path):
 
     model = tiny.build("unet")
     model.save_pretrained(tmp_path / "16")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["attn2", "down_blocks"])
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["attn2", "down_blocks"]
+    )
     ours = type(model).from_pretrained(tmp_path / "16", torch_dtype=torch.float32, quantization_config=config)
     names = [name for name, module in ours.named_modules() if isinstance(module, PackedModule)]
     assert names and not any("attn2" in name or name.startswith("down_blocks") for name in names)
