@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
 from fourbit.config import QuantConfig
@@ -47,6 +48,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._planned: dict[str, QuantConfig] = {}
         self._places: Places = {}
+        self._dtypes: list[tuple[re.Pattern[str], torch.dtype]] | None = None
         self._conversions: list[Any] | None = None
         self._originals: dict[int, Any] = {}
         self._returned: list[Any] = []
@@ -133,6 +135,16 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def dequantized(self, weight: Packed) -> Tensor:
         """A packed weight in the dtype that it was quantized from."""
         return dequantize_4bit(weight.codes, weight.state)
+
+    def as_wanted(self, model: Any, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that is not packed in the dtype that transformers would read it in, were there no quantizer."""
+        wanted: Tensor = model.get_parameter_or_buffer(name)
+        if not (tensor.is_floating_point() and wanted.is_floating_point()):
+            return tensor
+        if self._dtypes is None:
+            found = model._get_dtype_plan(model.dtype)  # what the model keeps in float32
+            self._dtypes = [(build_glob_alternation([pattern])[0], dtype) for pattern, dtype in found.items()]
+        return tensor.to(next((dtype for kept, dtype in self._dtypes if kept.search(name)), wanted.dtype))
 
     def _put(self, owner: nn.Module, leaf: str, name: str, new: PackedModule) -> None:
         whole = new.replaces is not nn.Parameter

@@ -57,6 +57,7 @@ class WeightView(Tensor):
     to *that* does not reach the module.
     """
 
+    _is_hf_initialized = True  # transformers' initialization must not write through it
     holder: Holder
     expert: int | None
 
