@@ -161,7 +161,9 @@ def test_adapters(folder, tmp_path):
     pipe = quantized()
     before = image(pipe)
     unet = pipe.unet
-    unet.add_adapter(LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    )
     wrapped = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert isinstance(wrapped.base_layer, Linear4bit)
     trained = [p for p in unet.parameters() if p.requires_grad]
