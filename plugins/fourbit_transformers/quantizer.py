@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
+from fourbit.checkpoint.quantize import require_work
 from fourbit.config import QuantConfig
 from fourbit.functional import dequantize_4bit
 from fourbit.nn import PackedModule
@@ -80,6 +81,8 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         planned = plan_model(model, self.quantization_config.quant)
+        if not self.pre_quantized:
+            require_work(planned)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
         # the device, and with it the default blocksize, is that of the weight when it arrives

@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 LOADABLE = [name for name in MODELS if name not in (*FUSED_EXPERTS, *OF_OTHER_LAYERS)]
-NOTHING_TO_QUANTIZE = ("falcon", "gpt2")  # FalconLinear and Conv1D
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_plan_of_the_folder_is_that_of_the_model(name, folders):
     of_folder, of_model = by_module(stored), by_module(held)
     tied = {t.module for t in held.tensors if t.rule.startswith("tied to ")} - set(of_folder)
     assert of_folder == {module: rules for module, rules in of_model.items() if module not in tied}
-    assert bool(stored.quantized) == (name not in NOTHING_TO_QUANTIZE)
+    assert bool(stored.quantized) == (name not in OF_OTHER_LAYERS)
     assert all(t.device.type == "cpu" for t in model.parameters())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.inspect import TensorFacts, list_tensors
+from fourbit.checkpoint.plan import transposed
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.functional import dequantize_4bit
 
@@ -154,10 +155,11 @@ def compare_checkpoints(
         only_b = [name for name in names_b if name not in used and _counterpart(name, left, names_a, tied_a) is None]
         if not pairs:
             raise CheckpointError(f"{left.path} and {right.path} have no tensor name in common")
+        turned = _turned(left, right, names_a, names_b, pairs)
         total, whole, done = sum(names_a[name].parameters for name in pairs), _Sums(), 0
         found_list = []
         for name, name_b in pairs.items():
-            found_list.append(_difference(left, right, names_a[name], names_b[name_b], whole))
+            found_list.append(_difference(left, right, names_a[name], names_b[name_b], name in turned, whole))
             done += names_a[name].parameters
             if progress is not None:
                 progress(name, done, total)
@@ -185,11 +187,30 @@ def _counterpart(name: str, other: Checkpoint, names: Mapping[str, TensorFacts],
     return tied if name.endswith(_HEAD) else None
 
 
-def _difference(a: Checkpoint, b: Checkpoint, in_a: TensorFacts, in_b: TensorFacts, whole: _Sums) -> TensorDifference:
+def _turned(
+    a: Checkpoint,
+    b: Checkpoint,
+    names_a: Mapping[str, TensorFacts],
+    names_b: Mapping[str, TensorFacts],
+    pairs: Mapping[str, str],
+) -> frozenset[str]:
+    """The tensors of A that have rows for columns on the side where they are in 4 bits."""
+    mixed = {name for name, other in pairs.items() if names_a[name].is_4bit != names_b[other].is_4bit}
+    if not mixed:
+        return frozenset()
+    in_a, in_b = transposed(a), transposed(b)  # a file without a config.json knows less than the other side may
+    return frozenset(name for name in mixed if name in in_a or pairs[name] in in_b)
+
+
+def _difference(
+    a: Checkpoint, b: Checkpoint, in_a: TensorFacts, in_b: TensorFacts, turned: bool, whole: _Sums
+) -> TensorDifference:
     base = (in_a.name, in_b.name, in_a.shape, in_a.type, in_b.type, in_a.parameters)
-    if in_a.shape != in_b.shape:
+    if in_a.shape != (in_b.shape[::-1] if turned else in_b.shape):
         return TensorDifference(*base, error=f"shape {list(in_a.shape)} in A and {list(in_b.shape)} in B")
     left, right = _flat(a, in_a), _flat(b, in_b)
+    if turned:
+        right = right.view(in_b.shape).T.reshape(-1)
     sums = _Sums(count=in_a.parameters)
     for start in range(0, sums.count, _PIECE):
         x, y = _piece(left, start), _piece(right, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fourbit.checkpoint.build import build
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import MAX_SHARD_BYTES, Item, Part, plain_item
+from fourbit.checkpoint.plan import transposed
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.source import resolved
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
@@ -49,8 +51,9 @@ def dequantize_checkpoint(
 ) -> DequantizeReport:
     """Write a copy of the 4-bit model folder `src` to `dst` whose weights are plain 16- or 32-bit tensors.
 
-    `quantization_config` leaves config.json; other files are carried over. Reading,
-    dequantizing and writing overlap; in memory are a few weights at a time.
+    `quantization_config` leaves config.json; other files are carried over. Weights of transformers' Conv1D are
+    [in, out] again (see `plan.transposed`). Reading, dequantizing and writing overlap; in memory are a few weights at a
+    time.
 
     Args:
         src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file.
@@ -71,14 +74,16 @@ def dequantize_checkpoint(
         require_quantized(checkpoint)
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         where = torch.device(device)
+        turned = transposed(checkpoint) & checkpoint.quantized().keys()
+        settings: dict[str, Any] = {"dequantize": "the stored types" if dtype is None else dtype_name(dtype)}
         job = Job(
             request,
             checkpoint,
-            items=output_items(checkpoint, dtype),
-            settings={"dequantize": "the stored types" if dtype is None else dtype_name(dtype)},
+            items=output_items(checkpoint, dtype, turned),
+            settings={**settings, "transposed": sorted(turned)} if turned else settings,
             config=config or None,
             read=lambda item: _read(checkpoint, item),
-            convert=lambda item, content: {item.source: _plain(item, content, where)},
+            convert=lambda item, content: {item.source: _plain(item, content, item.source in turned, where)},
         )
         report, quantized, names = build(job), checkpoint.quantized(), [item.source for item in job.items]
     return DequantizeReport(
@@ -97,8 +102,11 @@ def require_quantized(checkpoint: Checkpoint) -> None:
     raise CheckpointError(f"{checkpoint.path} has no 4-bit weight in the bitsandbytes layout{said}")
 
 
-def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> list[Item]:
-    """What each weight of the source becomes, in the source's order; only headers and states are read."""
+def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None, turned: Collection[str] = ()) -> list[Item]:
+    """What each weight of the source becomes, in the source's order; only headers and states are read.
+
+    `turned` are the names of 4-bit weights whose layers hold the transposed one.
+    """
     companions = checkpoint.companions()
     items = []
     for name, info in checkpoint.entries.items():
@@ -109,7 +117,8 @@ def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> li
             continue
         state = checkpoint.state(name)
         kind = dtype or state.dtype
-        part = Part(name, kind, tuple(state.shape), state.numel * kind.itemsize)
+        shape = tuple(state.shape)
+        part = Part(name, kind, shape[::-1] if name in turned else shape, state.numel * kind.itemsize)
         items.append(Item(name, False, (part,)))
     return items
 
@@ -123,7 +132,7 @@ def _read(checkpoint: Checkpoint, item: Item) -> Content:
     return checkpoint.read(item.source)
 
 
-def _plain(item: Item, content: Content, device: torch.device) -> Tensor:
+def _plain(item: Item, content: Content, turned: bool, device: torch.device) -> Tensor:
     """The tensor of one item, on the CPU, in the layout's dtype."""
     if isinstance(content, Tensor):
         return content
@@ -134,4 +143,4 @@ def _plain(item: Item, content: Content, device: torch.device) -> Tensor:
     except NonFiniteError as error:
         found = str(error).partition(";")[0]
         raise NonFiniteError(f"{found} after dequantizing: its scales are not finite, or overflow the dtype") from None
-    return weight.cpu()
+    return (weight.T.contiguous() if turned else weight).cpu()

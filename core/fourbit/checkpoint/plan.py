@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,11 +18,11 @@ from fourbit.config import QuantConfig
 from fourbit.nn.quantize import plan_model
 from fourbit.nn.walk import describe_model
 from fourbit.plans import QuantPlan, known, planned
-from fourbit.plans.layer import TRANSPOSED_MODELS, Layer, kind_by_name, role_by_name
+from fourbit.plans.layer import Layer, is_transposed, kind_by_name, role_by_name
 
 _UNKNOWN = "its config.json names no class that a plugin knows"
 
-_WHOLE = ("linear", "declared")
+_WHOLE = ("linear", "transposed", "declared")
 """Kinds of weights of which a part cannot be quantized by itself."""
 
 
@@ -50,41 +50,64 @@ def plan(
         checkpoint, source = model_or_folder, str(model_or_folder.path)
     else:
         checkpoint, source = Checkpoint(model_or_folder), str(model_or_folder)
-    packed = set(checkpoint.quantized()) | checkpoint.companions()
-    names = tuple(name for name in checkpoint.entries if name not in packed)
+    found = _described(checkpoint)
+    return planned(found.layers, found.modules, config, device or "cpu", source, found.described_by)
+
+
+def transposed(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the weights that their layers hold as [in, out] and whose 4-bit form is [out, in]: transformers' Conv1D.
+
+    No file says it, and those of bitsandbytes could not: the model does, or the names, as in `plan`.
+    """
+    return frozenset(layer.name for layer in _described(checkpoint).layers if layer.kind == "transposed")
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A folder's tensors and its model's layers, and what said so."""
+
+    layers: list[Layer]
+    modules: list[Layer]
+    described_by: str
+
+
+def _described(checkpoint: Checkpoint) -> _Described:
+    companions = checkpoint.companions()
+    names = tuple(name for name in checkpoint.entries if name not in companions)
     model, reason = plugins.ask("fourbit_describe_model", known.KnownModel, config=checkpoint.config, names=names)
     described = by_name = _by_names(checkpoint)
     modules, described_by = list(by_name.values()), f"names ({reason or _UNKNOWN})"
     if model is not None:
         modules, described_by = describe_model(model.model), model.source
         described = _by_model(model, modules, checkpoint, by_name)
+    packed = companions | checkpoint.quantized().keys()
     layers = [
-        replace(by_name[name], note="4-bit already") if name in packed else described[name]
+        replace(described[name], note="4-bit already") if name in packed else described[name]
         for name in checkpoint.entries
     ]
-    return planned(layers, modules, config, device or "cpu", source, described_by)
+    return _Described(layers, modules, described_by)
 
 
 def _by_names(checkpoint: Checkpoint) -> dict[str, Layer]:
     """A layer for each tensor, from names and shapes alone; also for tied ones that only the header names."""
-    transposed = checkpoint.config.get("model_type") in TRANSPOSED_MODELS
-    found = {name: _from_name(name, info, transposed) for name, info in checkpoint.entries.items()}
+    model_type = checkpoint.config.get("model_type")
+    found = {name: _from_name(name, info, model_type) for name, info in checkpoint.entries.items()}
     # safetensors.torch.save_model writes one of several tied tensors, and of the others {name: the one's name}
     for name, kept in checkpoint.metadata.items():
         if name not in found and kept in checkpoint.entries:
-            tied = _from_name(name, checkpoint.entries[kept], transposed)
+            tied = _from_name(name, checkpoint.entries[kept], model_type)
             found[kept] = replace(found[kept], tied=(*found[kept].tied, tied))
             found[name] = replace(tied, first=kept, nbytes=0, tied=(found[kept],))
     return found
 
 
-def _from_name(name: str, info: TensorInfo, transposed: bool) -> Layer:
+def _from_name(name: str, info: TensorInfo, model_type: object) -> Layer:
     module, _, leaf = name.rpartition(".")
     shape = tuple(info.shape)
     kind = kind_by_name(name, shape)
-    if transposed and kind == "linear":
+    if kind == "linear" and is_transposed(model_type, module):
         kind = "transposed"
-    return Layer(name, module, leaf, shape, info.dtype, info.nbytes, kind, role_by_name(module))
+    return Layer(name, module, leaf, shape, info.dtype, info.nbytes, kind, role_by_name(module, shape))
 
 
 def _by_model(

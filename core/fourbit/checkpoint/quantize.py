@@ -89,6 +89,7 @@ def quantize_checkpoint(
         planned = plan(checkpoint, config, device=device)
         require_work(planned)
         where = torch.device(device)
+        transposed = _transposed(planned)
         job = Job(
             request,
             checkpoint,
@@ -96,7 +97,7 @@ def quantize_checkpoint(
             settings=_settings(planned),
             config={**model_config, "quantization_config": quantization_config(planned)},
             read=lambda item: checkpoint.read(item.source),
-            convert=lambda item, tensor: _converted(tensor, item, planned, where),
+            convert=lambda item, tensor: _converted(tensor, item, item.source in transposed, planned, where),
         )
         return QuantizeReport(**vars(build(job)), plan=planned)
 
@@ -105,13 +106,19 @@ def _settings(planned: QuantPlan) -> dict[str, Any]:
     """All that determines the output beside the source, as JSON values."""
     config = planned.config
     code = codebooks.get(config.quant_type)
-    return {
+    settings = {
         "quant_type": code.name,
         "codebook": list(code.values),
         "blocksize": planned.blocksize,
         "double_quant": config.double_quant,
         "quantization_config": quantization_config(planned),
     }
+    transposed = sorted(_transposed(planned))
+    return {**settings, "transposed": transposed} if transposed else settings
+
+
+def _transposed(planned: QuantPlan) -> frozenset[str]:
+    return frozenset(t.name for t in planned.quantized if t.transposed)
 
 
 def require_work(planned: QuantPlan) -> None:
@@ -134,7 +141,7 @@ def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[Item]:
     """What each tensor of the source becomes, in the source's order; sizes are exact before anything is read."""
     kind, double = planned.config.quant_type, planned.config.double_quant
     items = [
-        quantized_item(t.name, t.shape, t.dtype, kind, planned.blocksize, double)
+        quantized_item(t.name, t.shape_in_4bit, t.dtype, kind, planned.blocksize, double)
         if t.action == "quantize"
         else plain_item(checkpoint.info(t.name))
         for t in planned.tensors
@@ -147,7 +154,9 @@ def output_items(checkpoint: Checkpoint, planned: QuantPlan) -> list[Item]:
     return items
 
 
-def _converted(tensor: Tensor, item: Item, planned: QuantPlan, device: torch.device) -> Mapping[str, Tensor]:
+def _converted(
+    tensor: Tensor, item: Item, transposed: bool, planned: QuantPlan, device: torch.device
+) -> Mapping[str, Tensor]:
     """The tensors of one item, by name, on the CPU."""
     if not item.quantize:
         return {item.source: tensor}
@@ -155,7 +164,10 @@ def _converted(tensor: Tensor, item: Item, planned: QuantPlan, device: torch.dev
     require_finite(weight, item.source)
     config = planned.config
     packed, state = quantize_4bit(
-        weight, quant_type=config.quant_type, blocksize=planned.blocksize, double_quant=config.double_quant
+        weight.T.contiguous() if transposed else weight,
+        quant_type=config.quant_type,
+        blocksize=planned.blocksize,
+        double_quant=config.double_quant,
     )
     parts = {item.source: packed, **state.to_state_dict(item.source + ".")}
     return {name: part.cpu() for name, part in parts.items()}

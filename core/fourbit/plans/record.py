@@ -49,6 +49,16 @@ class PlannedTensor:
         return prod(self.shape) if self.bytes_before else 0
 
     @property
+    def transposed(self) -> bool:
+        """Whether rows and columns change places on the way to 4 bits."""
+        return self.kind == "transposed"
+
+    @property
+    def shape_in_4bit(self) -> tuple[int, ...]:
+        """The shape of its 4-bit form, if it is quantized."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
     def large_left(self) -> bool:
         """Whether it is a large tensor that stays in 16 bit though nobody chose so."""
         return self.action == "skip" and not self.deliberate and prod(self.shape) >= LARGE

@@ -12,9 +12,6 @@ from fourbit.config import QuantConfig
 from fourbit.plans.layer import HEAD, ROUTER, Layer
 from fourbit.state import dtype_name
 
-MOST_EXPERTS = 4096
-"""Rows up to which a matrix called a gate or router is one."""
-
 _ALWAYS_LISTED = "lm_head"  # a folder of a base model has none, and may be loaded with one
 
 
@@ -33,6 +30,8 @@ def decide(layer: Layer, config: QuantConfig) -> Decision:
         own = Decision(own.quantize, f"tied to {layer.first}", own.deliberate)
     for other in layer.tied if own.quantize else ():
         theirs = _alone(other, config)
+        if theirs.quantize and (layer.kind == "transposed") != (other.kind == "transposed"):
+            return Decision(False, f"tied to {other.name}, which has its rows where this has its columns")
         if not theirs.quantize:
             rule = f"tied to {layer.first}" if layer.first else f"tied to {other.name}, which stays: {theirs.rule}"
             return Decision(False, rule, theirs.deliberate)
@@ -59,20 +58,26 @@ def _alone(layer: Layer, config: QuantConfig) -> Decision:
         return Decision(False, "embedding")
     if layer.role == HEAD:
         return Decision(False, HEAD)
-    if layer.role == ROUTER and layer.shape[0] <= MOST_EXPERTS and len(layer.shape) == 2:
+    if layer.role == ROUTER and len(layer.shape) == 2:
         return Decision(False, ROUTER)
+    if layer.tied_by_model:
+        return Decision(False, f"the model ties it to {layer.tied_by_model}")
     if layer.kept:
         return Decision(False, f"the model keeps it in float32: {layer.kept}")
     if layer.leaf.endswith("bias"):
         return Decision(False, "bias")
     if layer.dtype not in checks.COMPUTE_DTYPES:
         return Decision(False, f"{dtype_name(layer.dtype)} is not a 16/32-bit dtype", deliberate=False)
-    made = {"linear": "linear weight", "experts": "stacked expert weights", "declared": f"weight of {layer.owner}"}
+    made = {
+        "linear": "linear weight",
+        "transposed": "linear weight, transposed on the way",
+        "experts": "stacked expert weights",
+        "declared": f"weight of {layer.owner}",
+    }
     if layer.kind in made:
         return Decision(True, made[layer.kind])
     left = {
         "convolution": "convolution",
-        "transposed": "stored transposed (Conv1D)",
         "rearranged": "rearranged into other layers when it is loaded, which 4-bit blocks do not survive",
     }
     rule = left.get(layer.kind, f"{layer.owner} is not a linear layer that fourbit knows")
