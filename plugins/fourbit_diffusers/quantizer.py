@@ -81,6 +81,9 @@ class FourbitQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._incoming.require_all()
         self._incoming = Incoming()
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module._freeze()  # accelerate puts new tensors into modules past their __setattr__
         return model
 
     # ---- saving -------------------------------------------------------------------------------------

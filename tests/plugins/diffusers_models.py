@@ -20,12 +20,14 @@ def build(kind):
 def run(model):
     """Its output for the same random input, in the model's dtype."""
     kind = next(kind for kind, (name, _) in _MODELS.items() if name == type(model).__name__)
+    return model(**inputs(kind, model.dtype)).sample
+
+
+def inputs(kind, dtype=torch.float32):
+    """The same random input each time."""
     torch.manual_seed(1)
-    inputs = {
-        key: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in _INPUTS[kind]().items()
-    }
-    return model(**inputs).sample
+    made = _INPUTS[kind]()
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in made.items()}
 
 
 _MODELS = {
