@@ -34,7 +34,7 @@ def register() -> None:
     auto.register_quantizer(METHOD)(FourbitQuantizer)
     config, quantizer = configs[_THEIRS], quantizers[_THEIRS]
 
-    class MarkedOrTheirs(config):  # type: ignore[misc]
+    class MarkedOrTheirs(config):  # type: ignore[misc, valid-type]
         """bitsandbytes' configuration, or fourbit's for a folder with its mark."""
 
         @classmethod
@@ -42,7 +42,7 @@ def register() -> None:
             chosen = FourbitConfig if MARK in config_dict or _Take.over else config
             return chosen.from_dict(config_dict, *arguments, **more)
 
-    class OursOrTheirs(quantizer):  # type: ignore[misc]
+    class OursOrTheirs(quantizer):  # type: ignore[misc, valid-type]
         """bitsandbytes' quantizer, or fourbit's if it has taken over."""
 
         def __new__(cls, quantization_config: Any, **arguments: Any) -> Any:
@@ -58,7 +58,8 @@ def take_over_bitsandbytes(enabled: bool = True) -> None:
 
     Folders that bitsandbytes wrote (NF4, FP4, double-quantized, any quant_storage) open with fourbit's modules, and
     `quantization_config=BitsAndBytesConfig(load_in_4bit=True, …)` quantizes with fourbit. Reading folders needs no
-    bitsandbytes (transformers wants it where a BitsAndBytesConfig is made). Models that are loaded already stay what they are; `enabled=False` gives it back.
+    bitsandbytes (transformers wants it where a BitsAndBytesConfig is made). Models that are loaded already stay what
+    they are; `enabled=False` gives it back.
     """
     register()
     _Take.over = enabled
