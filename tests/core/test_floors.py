@@ -50,7 +50,12 @@ FLOORS = (
 BENEATH = {"core": {"fourbit_pytest"}, "backends": {"fourbit"}, "plugins": {"fourbit"}}
 """Which of our packages a source root's files may import, beside the package that they are in."""
 
-SHARED = {"fourbit_cuda": {"fourbit_gpu"}, "fourbit_rocm": {"fourbit_gpu"}}
+SHARED = {
+    "fourbit_cuda": {"fourbit_gpu"},
+    "fourbit_rocm": {"fourbit_gpu"},
+    "fourbit_models": {"fourbit_transformers", "fourbit_diffusers"},
+    "fourbit_demo": {"fourbit_transformers"},
+}
 """And what a package may import besides."""
 
 

@@ -49,9 +49,9 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
         "cpu = fourbit_cpu",
         "reference = fourbit.reference",
         "[fourbit.commands]",
-        "demo = fourbit_transformers.demo.command:demo",
+        "demo = fourbit_demo.command:demo",
         "[fourbit.models]",
-        "transformers = fourbit_transformers.description",
+        "transformers = fourbit_models.transformers",
         "fourbit = fourbit_pytest",
         "fourbit.cli:main",
     ):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 from fourbit.state import quantized_nbytes
-from fourbit_transformers.demo import sample_model
+from fourbit_demo import sample_model
 from tests.support import skip_or_fail
 
 pytestmark = pytest.mark.long

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fourbit_transformers.demo import workers
+from fourbit_demo import workers
 
 
 def test_worker_reports(tmp_path, monkeypatch):
     """Progress and result come through, whatever else the worker prints."""
     (tmp_path / "toy_worker.py").write_text(
         "import sys\n"
-        "from fourbit_transformers.demo.workers import Channel\n"
+        "from fourbit_demo.workers import Channel\n"
         "c = Channel(); print('noise'); c.progress(1, 2); c.progress(2, 2)\n"
         "if sys.argv[1] == 'die': raise ValueError('no luck')\n"
         "c.result({'answer': 42})\n"

@@ -14,7 +14,7 @@ if not installed("transformers"):
     skip_or_fail("transformers is not installed")
 
 from fourbit_transformers import load
-from fourbit_transformers.demo import evaluate
+from fourbit_demo import evaluate
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from fourbit_transformers.demo import sample_model, sample_text
+from fourbit_demo import sample_model, sample_text
 
 DATA = b"weights"
 

@@ -230,7 +230,7 @@ def test_a_folder_runs_no_code_and_fetches_nothing(folders, tmp_path, monkeypatc
 
 def test_what_is_asked_is_the_shape_of_the_model_alone():
     """At any depth: a part of a model may have a config of its own."""
-    from fourbit_transformers.description import _cleaned
+    from fourbit_models.transformers import _cleaned
 
     part = {
         **{"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "a/b", "quantization_config": {}},

@@ -23,10 +23,9 @@ from fourbit.checkpoint.foreign import require_unquantized
 from fourbit.checkpoint.plan import plan
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.source import resolved
-from fourbit.config import QuantConfig
+from fourbit.config import QuantConfig, as_bitsandbytes
 from fourbit.functional import quantize_4bit, require_finite
 from fourbit.plans import QuantPlan
-from fourbit.state import dtype_name
 
 MOST_RULES = 6
 """Rules that the error lists where nothing is quantized."""
@@ -164,15 +163,5 @@ def _converted(tensor: Tensor, item: Item, planned: QuantPlan, device: torch.dev
 
 def quantization_config(planned: QuantPlan) -> dict[str, Any]:
     """The entry of config.json that makes transformers, peft and vLLM read the folder."""
-    config = planned.config
-    dtype = config.compute_dtype or next((t.dtype for t in planned.quantized), torch.bfloat16)
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": config.quant_type,
-        "bnb_4bit_use_double_quant": config.double_quant,
-        "bnb_4bit_compute_dtype": dtype_name(dtype),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list(planned.left_modules),
-    }
+    dtype = planned.config.compute_dtype or next((t.dtype for t in planned.quantized), torch.bfloat16)
+    return as_bitsandbytes(planned.config, dtype, planned.left_modules)

@@ -75,11 +75,11 @@ class PackedModule(PackedStorage):
         weight = replaced if isinstance(replaced, Tensor) else replaced.get_parameter("weight")
         config = config or QuantConfig()
         if twin is not None:
-            new = cls._in_place_of(replaced, replace(config, blocksize=twin.blocksize), weight.dtype, "meta")
+            new = cls.empty(replaced, replace(config, blocksize=twin.blocksize), weight.dtype, "meta")
             new._parameters.update({n: t for n, t in twin._parameters.items() if n in STORAGE})
             new._buffers.update({n: t for n, t in twin._buffers.items() if n in STORAGE})
             return new
-        new = cls._in_place_of(replaced, config, weight.dtype, weight.device)
+        new = cls.empty(replaced, config, weight.dtype, weight.device)
         if weight.device.type != "meta":
             new.store(weight, name)
         return new
@@ -100,14 +100,15 @@ class PackedModule(PackedStorage):
         Raises ValueError, with `name`, for another shape than that of `replaced`.
         """
         config = QuantConfig(state.quant_type, state.blocksize, state.double_quant, compute_dtype)
-        new = cls._in_place_of(replaced, config, state.dtype, packed.device if device is None else device)
+        new = cls.empty(replaced, config, state.dtype, packed.device if device is None else device)
         if new.weight_shape != state.shape:
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
         new.load_packed(packed, state)
         return new
 
     @classmethod
-    def _in_place_of(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device | str) -> Self:
+    def empty(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device | str) -> Self:
+        """One without a weight for the place of `replaced`."""
         new = cls.like(replaced, config, dtype, torch.device(device))
         return new.train(replaced.training) if isinstance(replaced, nn.Module) else new
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from fourbit import plugins
 from fourbit.config import QuantConfig
 from fourbit.nn.packed import PackedModule, replacement
 from fourbit.nn.walk import describe_model
@@ -53,6 +54,7 @@ def quantize_model(model: nn.Module, config: QuantConfig | None = None, *, stric
         made[step.name] = cls.from_module(replaced, steps.config, step.name, twins.get(weight))
         twins.setdefault(weight, made[step.name])
     swap(model, made)
+    plugins.tell("fourbit_model_quantized", model=model, config=config or QuantConfig())
     return model
 
 

@@ -171,6 +171,14 @@ class PackedStorage(nn.Module):
 
         Raises ValueError if its shape, type, blocksize or double quantization is not the module's.
         """
+        for name, tensor in self.storage_of(packed, state).items():
+            getattr(self, name).copy_(tensor)
+
+    def storage_of(self, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
+        """A packed weight as tensors of this module's storage, by name, without a copy where none is needed.
+
+        Raises ValueError if its shape, type, blocksize or double quantization is not the module's.
+        """
         mine = (self.weight_shape, self.quant_type, self.blocksize, self.double_quant)
         its = (state.shape, state.quant_type, state.blocksize, state.double_quant)
         if mine != its:
@@ -178,16 +186,21 @@ class PackedStorage(nn.Module):
                 f"{type(self).__name__} holds (shape, quant_type, blocksize, double_quant) = {_words(mine)},"
                 f" the packed weight is {_words(its)}"
             )
-        if packed.dtype != torch.uint8 or packed.numel() != self.qweight.numel():
-            raise ValueError(f"packed: want uint8 with {self.qweight.numel()} bytes, got {packed.dtype} {packed.shape}")
-        self.qweight.copy_(packed.view(self.qweight.shape))
+        if packed.dtype != torch.uint8 or packed.numel() != self.qweight.nelement():
+            count = self.qweight.nelement()
+            raise ValueError(f"packed: want uint8 with {count} bytes, got {packed.dtype} {packed.shape}")
         absmax = state.absmax if state.double_quant else _bits(state.absmax)
-        self.scales.copy_(absmax.view(self.scales.shape))
+        tensors = {
+            "qweight": packed.reshape(self.qweight.shape),
+            "scales": absmax.reshape(self.scales.shape),
+            "codebook": _bits(state.code).clone(),  # states of one data type share theirs
+        }
         if state.nested_absmax is not None:
             assert state.nested_code is not None and state.nested_offset is not None
-            self.nested_scales.copy_(_bits(state.nested_absmax))  # type: ignore[operator]
-            self.nested_codebook.copy_(_bits(state.nested_code))  # type: ignore[operator]
-            self.nested_offset.copy_(_bits(state.nested_offset.reshape(1)))  # type: ignore[operator]
+            tensors["nested_scales"] = _bits(state.nested_absmax)
+            tensors["nested_codebook"] = _bits(state.nested_code).clone()
+            tensors["nested_offset"] = _bits(state.nested_offset.reshape(1))
+        return tensors
 
     @property
     def weight(self) -> WeightView:

@@ -58,7 +58,7 @@ def test_the_list_of_commands_imports_no_library():
     """Nor does the demo's command, which a plugin adds, before it runs."""
     code = (
         "import sys; from fourbit.cli.app import app; app(['--help'], standalone_mode=False)\n"
-        "assert 'fourbit_transformers.demo.command' in sys.modules\n"
+        "assert 'fourbit_demo.command' in sys.modules\n"
         "heavy = ('transformers', 'fourbit.nn', 'fourbit.checkpoint', 'safetensors')\n"
         "print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"
     )

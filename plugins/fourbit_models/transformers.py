@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from fourbit.config import QuantConfig
 from fourbit.hookspecs import hookimpl
 from fourbit.plans.known import KnownModel, Target, without_weights
 
@@ -35,6 +37,22 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
             return None
         model = _build(transformers, found, _cleaned(config), names)
         return KnownModel(model, targets(model, names), f"{found.__name__} of transformers {transformers.__version__}")
+
+
+@hookimpl
+def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
+    """transformers' models in it are given fourbit's quantizer, which saves them."""
+    transformers = sys.modules.get("transformers")
+    kind = getattr(transformers, "PreTrainedModel", None)
+    if kind is None or not any(isinstance(part, kind) for part in model.modules()):
+        return
+    from fourbit_transformers.quantizer import attach
+
+    found: list[str] = []
+    for name, part in model.named_modules():
+        if isinstance(part, kind) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
+            attach(part, config)
+            found.append(name)
 
 
 def model_class(transformers: Any, name: str) -> Any:

@@ -1,6 +1,6 @@
 """One model folder in a process of its own: load it, let it write a sentence, measure its perplexity.
 
-`python -m fourbit_transformers.demo.evaluate FOLDER` prints JSON lines (`workers`). A 4-bit folder is loaded by
+`python -m fourbit_demo.evaluate FOLDER` prints JSON lines (`workers`). A 4-bit folder is loaded by
 `fourbit_transformers`, any other by transformers.
 """
 
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fourbit_transformers.demo import sample_text
-from fourbit_transformers.demo.workers import Channel, Progress
+from fourbit_demo import sample_text
+from fourbit_demo.workers import Channel, Progress
 
 NEW_TOKENS = 32
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fourbit.cli import console, conversion, options
-from fourbit_transformers.demo import sample_model, workers
-from fourbit_transformers.demo.table import show
+from fourbit_demo import sample_model, workers
+from fourbit_demo.table import show
 
 if TYPE_CHECKING:
     from fourbit.config import QuantConfig
@@ -65,7 +65,7 @@ class _Steps:
         """A step in a process of its own."""
         begin = time.perf_counter()
         with console.bar(name) as advance:
-            result = workers.run(name, f"fourbit_transformers.demo.{module}", arguments, advance)
+            result = workers.run(name, f"fourbit_demo.{module}", arguments, advance)
         self.done(name, begin)
         return result
 
@@ -77,7 +77,7 @@ class _Steps:
 
 def run(folder: Path, config: QuantConfig) -> dict[str, Any]:
     """All steps, in `folder`; what they gave, as JSON values."""
-    from fourbit_transformers.demo.evaluate import describe
+    from fourbit_demo.evaluate import describe
 
     begin = time.perf_counter()
     steps = _Steps()

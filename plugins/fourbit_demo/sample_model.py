@@ -143,7 +143,7 @@ def convert(gguf: Path, folder: Path) -> dict[str, int]:
 
 
 def _main() -> None:
-    from fourbit_transformers.demo.workers import Channel
+    from fourbit_demo.workers import Channel
 
     channel = Channel()
     channel.result(convert(Path(sys.argv[1]), Path(sys.argv[2])))

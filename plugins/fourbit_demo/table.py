@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fourbit.cli import console
-from fourbit_transformers.demo import sample_text
+from fourbit_demo import sample_text
 
 ABOUT_PERPLEXITY = (
     "Perplexity: on {tokens} tokens of Python's help topics (sha256 {digest}…), lower is better. These GGUF"

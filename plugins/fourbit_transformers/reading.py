@@ -1,0 +1,249 @@
+"""Reading a folder's tensors into a model: transformers' conversion operations that quantize, and that unpack.
+
+Each makes a 4-bit module the moment its weight is complete and puts it into the model, so that at no time there is
+more than one weight in 16 bit. The tensors of its storage go back to transformers, which places or offloads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.utils import logging
+
+from fourbit.state import QuantState
+from fourbit_transformers.rows import Packed, Rows
+
+if TYPE_CHECKING:
+    from fourbit_transformers.quantizer import FourbitQuantizer
+
+_logger = logging.get_logger(__name__)
+
+_META = "quant_state"
+_COMPANIONS = {
+    "absmax": r"\.absmax",
+    "quant_map": r"\.quant_map",
+    "nested_absmax": r"\.nested_absmax",
+    "nested_quant_map": r"\.nested_quant_map",
+    _META: r"\.quant_state\.bitsandbytes__\w+",
+}
+"""The tensors beside a packed weight, and what their names have behind the weight's."""
+
+_WEIGHT = ""
+"""And the weight itself."""
+
+
+class _Shared(ConversionOps):  # type: ignore[misc]
+    """transformers copies converters deeply, once for each tensor; the quantizer and its model stay the same."""
+
+    supports_many_to_many = True
+
+    def __init__(self, hf_quantizer: FourbitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+class Quantize(_Shared):
+    """A 16-bit weight, as it arrives on its device, becomes a 4-bit module."""
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any) -> Any:
+        """`input_dict`: tensors of the model, by name; the planned ones are quantized."""
+        found: dict[str, Tensor] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            tensor = value[0] if isinstance(value, list) else value
+            if not self.hf_quantizer.param_needs_quantization(model, name):
+                found[name] = tensor
+                continue
+            found |= self.hf_quantizer.quantized(model, name, tensor)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return found
+
+
+class Unpack(_Shared):
+    """Packed weights of a folder become 4-bit modules; what is not packed goes the way of transformers' operations.
+
+    Args:
+        hf_quantizer: whose model it is.
+        operations: transformers' own between the folder and the model, such as stacking experts.
+    """
+
+    def __init__(self, hf_quantizer: FourbitQuantizer, operations: Sequence[ConversionOps] = ()) -> None:
+        super().__init__(hf_quantizer)
+        self.operations = list(operations)
+        self.parts: dict[str, tuple[str, str]] = {}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """None: what is saved is named by `saving`."""
+        raise NotImplementedError("a packed weight is saved by fourbit's quantizer alone")
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        full_layer_name: str = "",
+        model: Any = None,
+        missing_keys: Any = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """`input_dict`: lists of tensors by pattern, in the order of their names."""
+        groups: dict[str, dict[str, list[Tensor]]] = {}
+        for pattern in list(input_dict):
+            source, part = self.parts[pattern]
+            value = input_dict.pop(pattern)
+            groups.setdefault(source, {})[part] = value if isinstance(value, list) else [value]
+        if any(parts and _WEIGHT not in parts for parts in groups.values()):
+            raise ValueError(f"{full_layer_name}: the folder has a 4-bit weight's scales without the weight")
+        weights = {source: list(_weights(full_layer_name, parts)) for source, parts in groups.items()}
+        arguments = {
+            "source_patterns": list(dict.fromkeys(source for source, _ in self.parts.values())),
+            "target_patterns": target_patterns,
+            "full_layer_name": full_layer_name,
+            "model": model,
+            "missing_keys": missing_keys,
+            **more,
+        }
+        found: dict[str, Any] = {}
+        for name, value in self._arranged(weights, full_layer_name, arguments).items():
+            if isinstance(value, Packed):
+                found |= self.hf_quantizer.unpacked(model, name, value)
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+            else:
+                found[name] = _as_the_model_wants(value, model, name)
+        return found
+
+    def _arranged(
+        self, weights: dict[str, list[Tensor | Packed]], name: str, arguments: dict[str, Any]
+    ) -> dict[str, Tensor | Packed]:
+        """The model's tensors by full name, from those of the folder."""
+        if not self.operations:
+            (values,) = weights.values()
+            return {name: values[0]}
+        every = [each for values in weights.values() for each in values]
+        if all(isinstance(each, Packed) for each in every):
+            rows = Rows()
+            stand_ins: dict[str, Any] = {
+                source: [rows.stand_in(each) for each in values if isinstance(each, Packed)]
+                for source, values in weights.items()
+            }
+            try:
+                moved = self._run(stand_ins, name, arguments)
+            except (RuntimeError, ValueError, IndexError):  # made for numbers, or for a row's elements
+                moved = {}
+            found = {each: rows.weight(tensor) for each, tensor in moved.items()}
+            if moved and all(weight is not None for weight in found.values()):
+                return {each: weight for each, weight in found.items() if weight is not None}
+        packed = sum(isinstance(each, Packed) for each in every)
+        if packed:
+            _logger.warning_once(
+                f"{name} stays in 16 bit: {packed} of the {len(every)} tensors that transformers makes it of are"
+                " 4-bit weights, in a way in which they cannot be put together as they are"
+            )
+        dense: dict[str, Any] = {
+            source: [self.hf_quantizer.dequantized(each) if isinstance(each, Packed) else each for each in values]
+            for source, values in weights.items()
+        }
+        weights.clear()
+        return dict(self._run(dense, name, arguments))
+
+    def _run(self, tensors: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """transformers' operations, and the full names of what they give."""
+        for operation in self.operations:
+            tensors = operation.convert(tensors, **arguments)
+        full = name.replace("*.", "0.")
+        prefix, suffix = next(
+            ((before, after) for key in tensors for before, _, after in [full.partition(key)] if key in full), ("", "")
+        )
+        return {prefix + key + suffix: v[0] if isinstance(v, list) else v for key, v in tensors.items()}
+
+
+def converter(hf_quantizer: FourbitQuantizer, original: WeightConverter | None = None) -> WeightConverter:
+    """What collects a folder's weights and the tensors beside them: for one of transformers' converters, or for all else."""
+    sources = [""] if original is None else list(original._original_source_patterns)
+    targets = [""] if original is None else list(original._original_target_patterns)
+    patterns, parts = [], []
+    for part, suffix in (*_COMPANIONS.items(), (_WEIGHT, "")):  # longer ones first: the first that fits is taken
+        for source in sources:
+            end = "$" if suffix or not source else ""
+            patterns.append(source.removesuffix("$") + suffix + end if suffix or not source else source)
+            parts.append(part)
+    operation = Unpack(hf_quantizer, () if original is None else original.operations)
+    made = WeightConverter(patterns, targets, [operation])
+    if original is not None:
+        for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
+            if hasattr(original, name):
+                setattr(made, name, getattr(original, name))
+    plain = [""] if original is None else list(original.source_patterns)
+    for i, pattern in enumerate(made.source_patterns):
+        operation.parts[pattern] = (plain[i % len(plain)], parts[i])
+    return made
+
+
+def _weights(name: str, parts: Mapping[str, list[Tensor]]) -> Iterator[Tensor | Packed]:
+    """The weights of one source, each packed or not, from the lists of their tensors."""
+    rest = {part: iter(tensors) for part, tensors in parts.items()}
+    states = _states(name, rest) if _META in parts else iter(())
+    upcoming = next(states, None)
+    for tensor in parts[_WEIGHT]:
+        if upcoming is None or not _is_packed(tensor, upcoming):
+            yield tensor
+        else:
+            yield Packed(tensor.contiguous().view(torch.uint8).reshape(-1), upcoming)
+            upcoming = next(states, None)
+    if upcoming is not None or any(next(left, None) is not None for part, left in rest.items() if part != _WEIGHT):
+        raise ValueError(f"{name}: the folder has scales of a 4-bit weight that fit none of its tensors")
+
+
+def _states(name: str, rest: Mapping[str, Iterator[Tensor]]) -> Iterator[QuantState]:
+    for meta in rest[_META]:
+        text = bytes(meta.reshape(-1)[: 1 << 16].tolist())
+        kind = next((kind for kind in _kinds(text)), "")
+        entries = {f"quant_state.bitsandbytes__{kind}": meta.reshape(-1)}
+        nested = b'"nested_offset"' in text
+        for part in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):
+            tensor = next(rest.get(part, iter(())), None)
+            if tensor is None:
+                raise ValueError(f"{name}: the folder has a 4-bit weight without its {part}")
+            entries[part] = tensor
+        try:
+            yield QuantState.from_state_dict(entries, prefix="")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _kinds(text: bytes) -> Iterator[str]:
+    """The data type that a state's JSON names; what is wrong with it QuantState says."""
+    import json
+
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(found, dict) and isinstance(found.get("quant_type"), str):
+        yield found["quant_type"]
+
+
+def _is_packed(tensor: Tensor, state: QuantState) -> bool:
+    """Whether a tensor is the codes of `state`; beside packed weights there may be others of the same shape in 16 bit."""
+    return tensor.nbytes == (prod(state.shape) + 1) // 2 and tensor.shape != state.shape
+
+
+def _as_the_model_wants(tensor: Any, model: Any, name: str) -> Any:
+    """In the dtype of the model's tensor, as transformers casts what no quantizer reads."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        wanted: Tensor = model.get_parameter_or_buffer(name)
+        if wanted.is_floating_point():
+            return tensor.to(wanted.dtype)
+    return tensor
