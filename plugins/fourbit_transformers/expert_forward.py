@@ -1,8 +1,8 @@
 """The experts implementation "fourbit" of transformers 5: all experts of a projection in one 4-bit product.
 
-Importing this module registers it. transformers' modules of stacked experts then take it by name
-(`config._experts_implementation`, `model.set_experts_implementation("fourbit")`); `use_fourbit_experts` sets it where
-a model has such weights in 4 bits.
+Importing this module registers it, and with peft LoRA on such stacks. transformers' modules of stacked experts then
+take it by name (`config._experts_implementation`, `model.set_experts_implementation("fourbit")`);
+`use_fourbit_experts` sets it where a model has such weights in 4 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from fourbit.nn import ExpertWeights4bit
+from fourbit_transformers import expert_peft
 
 
 class _Name(str):
@@ -51,8 +52,7 @@ def grouped_linear(weights: Any, x: Tensor, offsets: Tensor, transposed: bool) -
         y = grouped_linear(weights.weights, x, offsets, transposed)
         for left, right, scaling in weights.updates:
             first, second = (left, right) if transposed else (right, left)
-            low = _dense(_padded(first, transposed), x.to(y.dtype), offsets, transposed)
-            y = y + scaling * _dense(_padded(second, not transposed), low, offsets, transposed)
+            y = y + scaling * _dense(second, _dense(first, x.to(y.dtype), offsets, transposed), offsets, transposed)
         return y
     if isinstance(weights, ExpertWeights4bit):
         y4: Tensor = weights(x, offsets, transposed)
@@ -61,18 +61,17 @@ def grouped_linear(weights: Any, x: Tensor, offsets: Tensor, transposed: bool) -
 
 
 def _dense(weights: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
-    y: Tensor = _grouped_linear(x, weights, offsets, is_transposed=transposed)
-    return y
-
-
-def _padded(factor: Tensor, last: bool) -> Tensor:
-    """A low-rank factor with its rank (the last dimension, or the one before) made such that torch's grouped products
-    take it: they want rows of whole 16 bytes."""
-    rank = factor.shape[-1 if last else -2]
-    missing = -rank % (16 // factor.element_size())
-    if not missing:
-        return factor
-    return nn.functional.pad(factor, (0, missing) if last else (0, 0, 0, missing))
+    """transformers' grouped product. torch's, which it runs on, wants rows of whole 16 bytes: others are filled up."""
+    unit = 16 // weights.element_size()
+    rows, columns = (-size % unit for size in weights.shape[-2:])
+    if not rows and not columns:
+        y: Tensor = _grouped_linear(x, weights.contiguous(), offsets, is_transposed=transposed)
+        return y
+    out = weights.shape[-1 if transposed else -2]
+    x = nn.functional.pad(x, (0, rows if transposed else columns))
+    weights = nn.functional.pad(weights, (0, columns, 0, rows))
+    y = _grouped_linear(x, weights, offsets, is_transposed=transposed)
+    return y[:, :out]
 
 
 def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -114,9 +113,6 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     return summed.to(hidden_states.dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, fourbit_experts_forward)
-
-
 def implementation(module: nn.Module) -> str | None:
     """The experts implementation that its forward runs; None where it is no such module, but has a loop of its own."""
     config: Any = getattr(module, "config", None)
@@ -139,4 +135,10 @@ def use_fourbit_experts(model: nn.Module) -> nn.Module:
         if implementation(module) not in others:
             config: Any = module.config
             config._experts_implementation = IMPLEMENTATION
+    if holders:
+        expert_peft.adapt_present(model)
     return model
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, fourbit_experts_forward)
+expert_peft.register()

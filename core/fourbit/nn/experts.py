@@ -105,6 +105,12 @@ class ExpertWeights4bit(PackedModule):
         args, kwargs = tree_map_only(cls, lambda module: module.weight, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":  # as of a parameter: `weights.data = x` and `weights.data += x` requantize
+            self.weight.data = value
+            return
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
