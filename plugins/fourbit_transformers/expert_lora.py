@@ -19,7 +19,7 @@ from fourbit.nn import ExpertWeights4bit
 from fourbit_transformers.expert_forward import IMPLEMENTATION, AdaptedExperts, implementation
 
 
-class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # peft knows wrappers by the name of their class
+class ParamWrapper(lora.ParamWrapper):  # peft knows wrappers by the name of their class
     """peft's wrapper of one parameter, for a stack of experts in 4 bits."""
 
     def stack(self) -> ExpertWeights4bit | None:
@@ -45,11 +45,12 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]  # peft knows wrapp
             owner.__dict__.pop(self.parameter_name, None)
 
     def _adapted(self, stack: ExpertWeights4bit, owner: nn.Module, adapters: list[str]) -> Any:
+        peft: Any = super()
         if implementation(owner) == IMPLEMENTATION:
-            return AdaptedExperts(stack, [self.get_delta_factors(name) for name in adapters])
-        weight = stack.dequantize()  # a loop of the model's own reads it as it likes
+            return AdaptedExperts(stack, [peft.get_delta_factors(name) for name in adapters])
+        weight = stack.weight.read()  # a loop of the model's own reads it as it likes
         for name in adapters:
-            weight = weight + self.get_delta_weight(name)
+            weight = weight + peft.get_delta_weight(name)
         return weight
 
 

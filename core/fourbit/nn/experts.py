@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fourbit.config import QuantConfig
 from fourbit.functional import grouped_linear_4bit
 from fourbit.nn.packed import PackedModule, options
-from fourbit.nn.view import WeightView
+from fourbit.nn.view import Holder, WeightView
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,7 +93,16 @@ class ExpertWeights4bit(PackedModule):
         count = self.weight_shape[0]
         if not -count <= index < count:
             raise IndexError(f"expert {index} of {count}")
-        return WeightView(self, index % count)
+        return WeightView(self._holder(), index % count)
+
+    def _holder(self) -> Holder:
+        """Whom views of the weight read and write."""
+        return self
+
+    @property
+    def weight(self) -> WeightView:
+        """See PackedStorage."""
+        return WeightView(self._holder())
 
     @classmethod
     def __torch_function__(
