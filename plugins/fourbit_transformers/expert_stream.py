@@ -38,13 +38,17 @@ class _Copy:
         self._stream = stream
         self._arrived = arrived
 
+    def __del__(self) -> None:
+        if self._arrived is not None:  # its memory is not given away while it is still written to
+            self._stream.wait_event(self._arrived)
+
     def wait(self) -> None:
         """Have what is launched from here on find it arrived."""
         if self._arrived is None:
             return
         current = torch.cuda.current_stream(self.weight.packed.device)
         current.wait_event(self._arrived)
-        if current != self._stream:  # its memory must not go to others before this one is done, too
+        if current != self._stream:  # nor while this one reads it
             for tensor in self.weight:
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(current)
@@ -100,7 +104,7 @@ class Streamer:
             copy.wait()
             self._start_next(request)
             while len(self._copies) > KEPT:
-                self._copies.pop(next(iter(self._copies))).wait()  # memory that is still written to is not given away
+                del self._copies[next(iter(self._copies))]
             return copy.weight
 
     def ends(self, offsets: Tensor) -> list[int]:
