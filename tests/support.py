@@ -9,7 +9,7 @@ import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -88,3 +88,13 @@ def minilm_folder() -> Path:
     except (sample_model.SampleModelError, OSError) as error:
         skip_or_fail(f"MiniLM's weights cannot be had: {error}")
     return target
+
+
+def for_bitsandbytes(folder: str | Path) -> Any:
+    """The configuration of a folder without fourbit's mark: transformers reads it with bitsandbytes then."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        config.quantization_config = {k: v for k, v in config.quantization_config.items() if k != "fourbit"}
+    return config

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from fourbit import nn
     from fourbit.checkpoint.plan import plan
     from fourbit.explanation import explain
+    from fourbit.nn.dequantize import dequantize_model
     from fourbit.nn.quantize import quantize_model
     from fourbit.plans import QuantPlan
 
 # Imported at first use, so that `import fourbit` stays light.
 _LAZY = {
     "QuantPlan": "fourbit.plans",
+    "dequantize_model": "fourbit.nn.dequantize",
     "explain": "fourbit.explanation",
     "plan": "fourbit.checkpoint.plan",
     "quantize_model": "fourbit.nn.quantize",
@@ -73,6 +75,7 @@ __all__ = [
     "backends",
     "dequantize_4bit",
     "dequantize_blockwise",
+    "dequantize_model",
     "embedding_4bit",
     "explain",
     "grouped_linear_4bit",

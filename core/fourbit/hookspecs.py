@@ -15,7 +15,7 @@ The hooks that register are historic: they run once for each plugin, when fourbi
 the program calls `fourbit.plugins.manager().register(plugin)`; never per op.
 
 A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
-implements `fourbit_describe_model` and `fourbit_model_quantized`. It is imported when a model folder is planned or a
+implements `fourbit_describe_model`, `fourbit_model_quantized` and `fourbit_model_dequantized`. It is imported when a model folder is planned or a
 model quantized, so it should import its library only once it is asked about a model of it.
 """
 
@@ -72,4 +72,12 @@ def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
 
     The place to tell your library of it, for `model` and for what it is composed of: how such a model is saved, say.
     Every plugin is told; an exception becomes a warning.
+    """
+
+
+@hookspec
+def fourbit_model_dequantized(model: nn.Module) -> None:
+    """`dequantize_model(model)` has just put 16-bit modules in place of all 4-bit ones in `model`.
+
+    The counterpart of `fourbit_model_quantized`: what that told your library holds no longer.
     """

@@ -42,17 +42,35 @@ def fourbit_describe_model(config: dict[str, Any], names: tuple[str, ...]) -> Kn
 @hookimpl
 def fourbit_model_quantized(model: nn.Module, config: QuantConfig) -> None:
     """transformers' models in it are given fourbit's quantizer, which saves them."""
-    transformers = sys.modules.get("transformers")
-    kind = getattr(transformers, "PreTrainedModel", None)
-    if kind is None or not any(isinstance(part, kind) for part in model.modules()):
-        return
-    from fourbit_transformers.quantizer import attach
+    found = _outermost(model)
+    if found:
+        from fourbit_transformers.quantizer import attach
 
-    found: list[str] = []
+        for part in found:
+            attach(part, config)
+
+
+@hookimpl
+def fourbit_model_dequantized(model: nn.Module) -> None:
+    """And have no quantizer any more."""
+    found = _outermost(model)
+    if found:
+        from fourbit_transformers.quantizer import detach
+
+        for part in found:
+            detach(part)
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """transformers' models in it that are in no other one; none where transformers is not imported."""
+    kind: type | None = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    found: dict[str, nn.Module] = {}
+    if kind is None:
+        return []
     for name, part in model.named_modules():
         if isinstance(part, kind) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
-            attach(part, config)
-            found.append(name)
+            found[name] = part
+    return list(found.values())
 
 
 def model_class(transformers: Any, name: str) -> Any:

@@ -211,6 +211,15 @@ class _OnDevice:
         return self.stack.dtype
 
     @property
+    def rewrites(self) -> int:
+        """See PackedStorage."""
+        return self.stack.rewrites
+
+    @rewrites.setter
+    def rewrites(self, count: int) -> None:
+        self.stack.rewrites = count
+
+    @property
     def qweight(self) -> Tensor:
         """Nothing but the device, for which views ask it."""
         return torch.empty(0, dtype=torch.uint8, device=self.stack.streamer.device)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, build_glob_alternation
 from transformers.quantizers.base import HfQuantizer
 
+from fourbit.checkpoint.quantize import require_work
 from fourbit.config import QuantConfig
 from fourbit.functional import dequantize_4bit
 from fourbit.nn import PackedModule
+from fourbit.nn.dequantize import dequantize_model
+from fourbit.nn.frozen import plain
 from fourbit.nn.packed import replacement
 from fourbit.nn.quantize import plan_model
+from fourbit.nn.storage import STORAGE
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.reading import Quantize, converter
 from fourbit_transformers.rows import Packed
+
+K_BIT = "hqq_quantized"
+"""What peft's `prepare_model_for_kbit_training` knows a model by that is to be trained with gradient checkpointing.
+
+It has a list of methods, and this is the one mark on it that nobody else reads: `is_loaded_in_4bit` makes transformers
+import bitsandbytes, and peft refuse to merge. Norms then stay in 16 bit, as for all methods but bitsandbytes.
+"""
 
 Places = dict[int, list[tuple[nn.Module, str]]]
 
@@ -38,6 +52,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._planned: dict[str, QuantConfig] = {}
         self._places: Places = {}
+        self._dtypes: list[tuple[re.Pattern[str], torch.dtype]] | None = None
         self._conversions: list[Any] | None = None
         self._originals: dict[int, Any] = {}
         self._returned: list[Any] = []
@@ -67,8 +82,14 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether a parameter of the model is planned to be 4-bit."""
         return param_name in self._planned
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if self.pre_quantized:
+            _require_files_of_ours(checkpoint_files or [])
         planned = plan_model(model, self.quantization_config.quant)
+        if not self.pre_quantized:
+            require_work(planned)
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
         # the device, and with it the default blocksize, is that of the weight when it arrives
@@ -99,7 +120,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
     # ---- weights as they arrive -------------------------------------------------------------------------
 
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Put a 4-bit module in the place of the parameter `name`; returns its storage's tensors by full name."""
+        """Put a 4-bit module in the place of the parameter `name`; returns its storage's parameters by full name."""
         owner, leaf, cls, replaced = _place(model, name)
         if isinstance(replaced, nn.Module):
             replaced._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
@@ -107,7 +128,10 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             replaced = weight
         new = cls.from_module(replaced, self._planned[name], name)
         self._put(owner, leaf, name, new)
-        return _named(name, new, {n: t for n, t in (*new._parameters.items(), *new._buffers.items()) if t is not None})
+        storage = {own: tensor for own, tensor in new._parameters.items() if own in STORAGE and tensor is not None}
+        for own, tensor in storage.items():  # transformers puts them back, or on a disk
+            setattr(new, own, nn.Parameter(tensor.to("meta"), requires_grad=False))
+        return _named(name, new, {own: plain(tensor) for own, tensor in storage.items()})
 
     def unpacked(self, model: nn.Module, name: str, weight: Packed) -> dict[str, Tensor]:
         """The same for a weight that is packed already."""
@@ -119,11 +143,24 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if new.weight_shape != state.shape:
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
         self._put(owner, leaf, name, new)
-        return _named(name, new, new.storage_of(*weight))
+        storage = new.storage_of(*weight)
+        for own in [own for own in storage if own in new._buffers]:
+            setattr(new, own, storage.pop(own))
+        return _named(name, new, storage)
 
     def dequantized(self, weight: Packed) -> Tensor:
         """A packed weight in the dtype that it was quantized from."""
         return dequantize_4bit(weight.codes, weight.state)
+
+    def as_wanted(self, model: Any, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that is not packed in the dtype that transformers would read it in, were there no quantizer."""
+        wanted: Tensor = model.get_parameter_or_buffer(name)
+        if not (tensor.is_floating_point() and wanted.is_floating_point()):
+            return tensor
+        if self._dtypes is None:
+            found = model._get_dtype_plan(model.dtype)  # what the model keeps in float32
+            self._dtypes = [(build_glob_alternation([pattern])[0], dtype) for pattern, dtype in found.items()]
+        return tensor.to(next((dtype for kept, dtype in self._dtypes if kept.search(name)), wanted.dtype))
 
     def _put(self, owner: nn.Module, leaf: str, name: str, new: PackedModule) -> None:
         whole = new.replaces is not nn.Parameter
@@ -148,8 +185,11 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         used = model._weight_conversions if getattr(model, "_weight_conversions", None) is not None else []
         originals = self._originals if self.pre_quantized else {id(each): each for each in used}
         self._keep_conversions(model, [originals[id(each)] for each in used if id(each) in originals])
-        self._returned[:] = [originals.get(id(each), each) for each in self._returned if id(each) in originals or
-                             not isinstance(each, WeightConverter)]
+        self._returned[:] = [
+            originals.get(id(each), each)
+            for each in self._returned
+            if id(each) in originals or not isinstance(each, WeightConverter)
+        ]
         self._places, self._originals, self._returned = {}, {}, []
         finish(model, self.quantization_config)
         return model
@@ -180,16 +220,10 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         saving.describe(model, self.quantization_config)
         return saving.state_dict(model, self._conversions), {}
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        from fourbit.nn.dequantize import dequantize_model
-
-        return dequantize_model(model, dtype)
-
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model in 16 bit again; `dtype` None: its own."""
-        conversions = self._conversions
-        model = super().dequantize(model, dtype)
-        model._weight_conversions = conversions
+        dequantize_model(model, model.config.dtype if dtype is None else dtype)
+        detach(model)  # also one of which nothing was 4-bit
         return model
 
 
@@ -204,8 +238,39 @@ def attach(model: Any, config: QuantConfig) -> None:
     finish(model, quantizer.quantization_config)
 
 
+def detach(model: Any) -> None:
+    """`attach`'s counterpart, and that of loading: the model is in 16 bit, and transformers is to know it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, FourbitQuantizer):
+        quantizer.remove_quantization_config(model)
+        model._weight_conversions = quantizer._conversions
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+    model.__dict__.pop(K_BIT, None)
+
+
 def finish(model: Any, config: FourbitConfig) -> None:
     """What any 4-bit model of transformers gets, however it came to be."""
+    setattr(model, K_BIT, True)
+
+
+def _require_files_of_ours(files: list[str]) -> None:
+    """Raise ValueError for what `save_pretrained` writes of a model of which only a part was quantized in memory.
+
+    The outer model knows of no quantizer then, and its files have the modules' own storage.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            name = next((name for name in opened.keys() if name.endswith(".qweight")), None)  # noqa: SIM118
+        if name is not None:
+            raise ValueError(
+                f"{file} has {name!r}, a 4-bit module's own storage: it was written by save_pretrained of a model of"
+                " which a part alone had been quantized in memory. Quantize the whole, quantize_model(model), with"
+                " skip_modules for what is to stay, and save it again"
+            )
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, type[PackedModule], nn.Module | Tensor]:

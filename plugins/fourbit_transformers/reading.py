@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
 
 from fourbit.state import QuantState
 from fourbit_transformers.rows import Packed, Rows
-
-if TYPE_CHECKING:
-    from fourbit_transformers.quantizer import FourbitQuantizer
 
 _logger = logging.get_logger(__name__)
 
@@ -37,12 +34,22 @@ _WEIGHT = ""
 """And the weight itself."""
 
 
+class Quantizer(Protocol):
+    """What the operations need of the quantizer."""
+
+    def param_needs_quantization(self, model: Any, param_name: str) -> bool: ...
+    def quantized(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]: ...
+    def unpacked(self, model: nn.Module, name: str, weight: Packed) -> dict[str, Tensor]: ...
+    def dequantized(self, weight: Packed) -> Tensor: ...
+    def as_wanted(self, model: nn.Module, name: str, tensor: Tensor) -> Tensor: ...
+
+
 class _Shared(ConversionOps):  # type: ignore[misc]
     """transformers copies converters deeply, once for each tensor; the quantizer and its model stay the same."""
 
     supports_many_to_many = True
 
-    def __init__(self, hf_quantizer: FourbitQuantizer) -> None:
+    def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
@@ -76,7 +83,7 @@ class Unpack(_Shared):
         operations: transformers' own between the folder and the model, such as stacking experts.
     """
 
-    def __init__(self, hf_quantizer: FourbitQuantizer, operations: Sequence[ConversionOps] = ()) -> None:
+    def __init__(self, hf_quantizer: Quantizer, operations: Sequence[ConversionOps] = ()) -> None:
         super().__init__(hf_quantizer)
         self.operations = list(operations)
         self.parts: dict[str, tuple[str, str]] = {}
@@ -121,7 +128,7 @@ class Unpack(_Shared):
                 if missing_keys is not None:
                     missing_keys.discard(name)
             else:
-                found[name] = _as_the_model_wants(value, model, name)
+                found[name] = self.hf_quantizer.as_wanted(model, name, value)
         return found
 
     def _arranged(
@@ -169,7 +176,7 @@ class Unpack(_Shared):
         return {prefix + key + suffix: v[0] if isinstance(v, list) else v for key, v in tensors.items()}
 
 
-def converter(hf_quantizer: FourbitQuantizer, original: WeightConverter | None = None) -> WeightConverter:
+def converter(hf_quantizer: Quantizer, original: WeightConverter | None = None) -> WeightConverter:
     """What collects a folder's weights and the tensors beside them: for one of transformers' converters, or for all else."""
     sources = [""] if original is None else list(original._original_source_patterns)
     targets = [""] if original is None else list(original._original_target_patterns)
@@ -238,12 +245,3 @@ def _kinds(text: bytes) -> Iterator[str]:
 def _is_packed(tensor: Tensor, state: QuantState) -> bool:
     """Whether a tensor is the codes of `state`; beside packed weights there may be others of the same shape in 16 bit."""
     return tensor.nbytes == (prod(state.shape) + 1) // 2 and tensor.shape != state.shape
-
-
-def _as_the_model_wants(tensor: Any, model: Any, name: str) -> Any:
-    """In the dtype of the model's tensor, as transformers casts what no quantizer reads."""
-    if isinstance(tensor, Tensor) and tensor.is_floating_point():
-        wanted: Tensor = model.get_parameter_or_buffer(name)
-        if wanted.is_floating_point():
-            return tensor.to(wanted.dtype)
-    return tensor

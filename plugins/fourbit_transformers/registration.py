@@ -12,6 +12,7 @@ from typing import Any
 from transformers.quantizers import auto
 
 from fourbit.config import MARK
+from fourbit.nn.view import WeightView
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.quantizer import FourbitQuantizer
 
@@ -50,6 +51,9 @@ def register() -> None:
             return quantizer(quantization_config, **arguments)
 
     configs[_THEIRS], quantizers[_THEIRS] = MarkedOrTheirs, OursOrTheirs
+    # Some models initialize the weights of their children, after loading too, and a view would requantize what it is
+    # given: all 4-bit weights are initialized, as those are that transformers has loaded.
+    WeightView._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def take_over_bitsandbytes(enabled: bool = True) -> None:

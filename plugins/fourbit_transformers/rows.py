@@ -38,6 +38,14 @@ class _Piece(NamedTuple):
     end: int
 
 
+class _Span(NamedTuple):
+    """The same in elements, or in blocks."""
+
+    weight: int
+    start: int
+    end: int
+
+
 class Rows:
     """The stand-ins of some packed weights, and the way back."""
 
@@ -66,7 +74,7 @@ class Rows:
         return {int(i) for i in (torch.searchsorted(firsts, rows, right=True) - 1).unique()}
 
     def weight(self, tensor: Tensor) -> Packed | None:
-        """The packed weight that came out; None if it is not made of whole rows of like weights."""
+        """The packed weight that came out; None if it is not made of whole blocks of like weights, in whole rows."""
         if tensor.dim() < 2 or tensor.shape[-1] != 1:
             return None
         numbers = tensor.reshape(-1) - _TAG
@@ -74,15 +82,17 @@ class Rows:
         if bool((numbers % _STEP != 0).any()) or not 0 <= int(rows.min()) <= int(rows.max()) < self._firsts[-1]:
             return None
         pieces = self._pieces(rows)
-        first = self._weights[pieces[0].weight]
-        columns = first.state.shape[-1]
-        shape = torch.Size((*tensor.shape[:-1], columns))
-        if len(pieces) == 1 and shape == first.state.shape:
-            return first
-        used = [self._weights[i] for i in {piece.weight: None for piece in pieces}]
-        if columns % first.state.blocksize or not all(_alike(first.state, each.state) for each in used):
+        first = self._weights[pieces[0].weight].state
+        shape = torch.Size((*tensor.shape[:-1], first.shape[-1]))
+        if len(pieces) == 1 and shape == first.shape:
+            return self._weights[pieces[0].weight]
+        used = {piece.weight: self._weights[piece.weight] for piece in pieces}
+        if not all(_alike(first, each.state) for each in used.values()):
             return None
-        return self._joined(pieces, shape)
+        spans = [_Span(piece.weight, *(row * shape[-1] for row in piece[1:])) for piece in pieces]
+        # blocks may run from one row into the next, as long as none is torn: the last may be short
+        torn = [span.start % first.blocksize for span in spans] + [span.end % first.blocksize for span in spans[:-1]]
+        return None if any(torn) else _joined(used, spans, shape)
 
     def _pieces(self, rows: Tensor) -> list[_Piece]:
         """Runs of rows that follow one another in one weight."""
@@ -98,22 +108,18 @@ class Rows:
             found.append(_Piece(weight, first, first + end - start))
         return found
 
-    def _joined(self, pieces: Sequence[_Piece], shape: torch.Size) -> Packed:
-        first = self._weights[pieces[0].weight].state
-        columns, per_row = shape[-1], shape[-1] // first.blocksize
-        used = {piece.weight: self._weights[piece.weight] for piece in pieces}
-        codes = {i: each.codes.reshape(-1, columns // 2) for i, each in used.items()}
-        packed = torch.cat([codes[i][start:end] for i, start, end in pieces])
-        nested = _kept_nested(used, pieces, per_row)
-        if nested is not None:
-            scales = {i: each.state.absmax for i, each in used.items()}
-        else:
-            scales = {i: each.state.scales() for i, each in used.items()}
-        absmax = torch.cat([scales[i][start * per_row : end * per_row] for i, start, end in pieces])
-        if nested is not None:
-            return Packed(packed, replace(first, absmax=absmax, shape=shape, nested_absmax=nested))
-        plain = QuantState(absmax, shape, first.code, first.blocksize, first.quant_type, first.dtype)
-        return Packed(packed, plain)
+
+def _joined(used: dict[int, Packed], spans: Sequence[_Span], shape: torch.Size) -> Packed:
+    """One weight of `shape` from parts of others, end to end."""
+    first = used[spans[0].weight].state
+    codes = torch.cat([used[i].codes.reshape(-1)[start // 2 : (end + 1) // 2] for i, start, end in spans])
+    blocks = [_Span(i, start // first.blocksize, -(-end // first.blocksize)) for i, start, end in spans]
+    nested = _kept_nested(used, blocks)
+    scales = {i: each.state.scales() if nested is None else each.state.absmax for i, each in used.items()}
+    absmax = torch.cat([scales[i][start:end] for i, start, end in blocks])
+    if nested is not None:
+        return Packed(codes, replace(first, absmax=absmax, shape=shape, nested_absmax=nested))
+    return Packed(codes, QuantState(absmax, shape, first.code, first.blocksize, first.quant_type, first.dtype))
 
 
 def _alike(a: QuantState, b: QuantState) -> bool:
@@ -121,8 +127,8 @@ def _alike(a: QuantState, b: QuantState) -> bool:
     return mine == theirs
 
 
-def _kept_nested(used: dict[int, Packed], pieces: Sequence[_Piece], per_row: int) -> Tensor | None:
-    """The scales' scales where the pieces can keep theirs; None: the scales have to be decoded.
+def _kept_nested(used: dict[int, Packed], blocks: Sequence[_Span]) -> Tensor | None:
+    """The scales' scales where the parts can keep theirs; None: the scales have to be decoded.
 
     They can if all have the same table and offset, and each but the last is made of whole groups of scales.
     """
@@ -137,12 +143,11 @@ def _kept_nested(used: dict[int, Packed], pieces: Sequence[_Piece], per_row: int
         if not torch.equal(state.nested_offset, first.nested_offset):
             return None
     groups = []
-    for place, (weight, start, end) in enumerate(pieces):
-        begin, finish = start * per_row, end * per_row
-        whole = finish % NESTED_BLOCKSIZE == 0 or (place == len(pieces) - 1)
-        if begin % NESTED_BLOCKSIZE or not whole:
+    for place, (weight, start, end) in enumerate(blocks):
+        whole = end % NESTED_BLOCKSIZE == 0 or place == len(blocks) - 1
+        if start % NESTED_BLOCKSIZE or not whole:
             return None
         nested = states[weight].nested_absmax
         assert nested is not None
-        groups.append(nested[begin // NESTED_BLOCKSIZE : -(-finish // NESTED_BLOCKSIZE)])
+        groups.append(nested[start // NESTED_BLOCKSIZE : -(-end // NESTED_BLOCKSIZE)])
     return torch.cat(groups)

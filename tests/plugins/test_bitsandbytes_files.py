@@ -127,6 +127,7 @@ def test_transformers_with_bitsandbytes_loads_ours(tmp_path, double_quant):
     except ImportError as error:
         skip_or_fail(f"{error}: loading with transformers and bitsandbytes is not tried")
     from fourbit_transformers import load
+    from tests.support import for_bitsandbytes
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 200}
@@ -136,7 +137,9 @@ def test_transformers_with_bitsandbytes_loads_ours(tmp_path, double_quant):
         tmp_path / "src", tmp_path / "dst", fourbit.QuantConfig(blocksize=64, double_quant=double_quant)
     )
 
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dst", dtype=torch.bfloat16, device_map="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dst", dtype=torch.bfloat16, device_map="cpu", config=for_bitsandbytes(tmp_path / "dst")
+    )
     ours = load(tmp_path / "dst")
     linears = [name for name, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(linears) == 14 and "lm_head" not in linears

@@ -14,7 +14,7 @@ from torch import nn
 import fourbit
 from fourbit.checkpoint import Checkpoint, CheckpointError
 from fourbit.checkpoint.quantize import quantize_checkpoint
-from tests.support import installed, skip_or_fail
+from tests.support import for_bitsandbytes, installed, skip_or_fail
 
 try:
     import transformers
@@ -48,10 +48,10 @@ def folders(tmp_path_factory):
 
 
 def load(kind, folder):
-    """As transformers does with bitsandbytes, where the folder says so."""
+    """As transformers does with bitsandbytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, config=for_bitsandbytes(folder))
 
 
 def by_module(plan):

@@ -4,6 +4,6 @@ from fourbit.nn.embedding import Embedding4bit
 from fourbit.nn.experts import ExpertWeights4bit
 from fourbit.nn.linear import Linear4bit
 from fourbit.nn.packed import PackedModule
-from fourbit.nn.view import WeightView
+from fourbit.nn.view import RequantizationWarning, WeightView
 
-__all__ = ["Embedding4bit", "ExpertWeights4bit", "Linear4bit", "PackedModule", "WeightView"]
+__all__ = ["Embedding4bit", "ExpertWeights4bit", "Linear4bit", "PackedModule", "RequantizationWarning", "WeightView"]

@@ -75,6 +75,13 @@ class Embedding4bit(PackedModule, nn.Embedding):  # type: ignore[misc]  # weight
         size = replaced.num_embeddings, replaced.embedding_dim
         return cls(*size, replaced.padding_idx, **options(config, dtype, device))
 
+    def restored(self, weight: nn.Parameter) -> nn.Embedding:
+        """An nn.Embedding with that table."""
+        size = self.num_embeddings, self.embedding_dim
+        new = nn.Embedding(*size, self.padding_idx, device="meta", dtype=weight.dtype)
+        new.weight = weight
+        return new
+
     def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """`rows` times the first id."""
         return (torch.zeros(rows, dtype=torch.int64, device=self.qweight.device),)

@@ -54,6 +54,10 @@ class ExpertWeights4bit(PackedModule):
         """An empty one of the same shape."""
         return cls(tuple(replaced.shape), **options(config, dtype, device))  # type: ignore[arg-type]
 
+    def restored(self, weight: nn.Parameter) -> nn.Parameter:
+        """The parameter itself."""
+        return weight
+
     def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """`rows` rows, all of them the last expert's."""
         offsets = torch.zeros(self.weight_shape[0], dtype=torch.int32, device=self.qweight.device)

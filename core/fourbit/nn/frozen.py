@@ -46,7 +46,13 @@ class FrozenTensor(Tensor):
 
     Aliases (`detach()`, `.data`, views, what `state_dict()` holds) are FrozenTensors; copies (`clone()`, another
     device or dtype) are ordinary, but for `copy.deepcopy`. Pickles hold ordinary tensors.
+
+    Attributes:
+        counted: how many of the model's parameters a module's own one stands for; None: as many as it has elements.
+            See `numel`.
     """
+
+    counted: int | None = None
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
         """As nn.Parameter's: a parameter that shares the storage of `data`."""
@@ -72,6 +78,8 @@ class FrozenTensor(Tensor):
                 if name == "copy_" and _holds(target, source):
                     return values[0]
                 raise _refusal(name, func, target)
+        if name == "view_as" and values[0].nelement() != values[1].nelement():
+            raise _refusal(name, func, values[1])  # torch's vector_to_parameters, which cuts by numel()
         if isinstance(func, OpOverload) or _modes() or any(not issubclass(kind, FrozenTensor) for kind in types):
             # compiled graphs, dispatch modes and other tensor classes know ordinary tensors, and themselves
             ordinary, kwargs = tree_map_only(FrozenTensor, plain, (args, kwargs))
@@ -87,6 +95,16 @@ class FrozenTensor(Tensor):
             if isinstance(result, Tensor | list | tuple):
                 return _freeze_aliases(result, values)
         return result
+
+    def numel(self) -> int:
+        """How many of the model's parameters this one is: what all who count a model's parameters ask.
+
+        A module's `qweight` answers for the weight that it packs, its `scales` are none. `nelement()`, the shape,
+        `nbytes` and everything in C++ go by the tensor's own elements, and so do aliases and copies of it.
+        """
+        if self.counted is None or hasattr(self, "ds_status"):  # DeepSpeed cuts those that it marks by their numel()
+            return self.nelement()
+        return self.counted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -159,7 +177,7 @@ def _holds(target: Tensor, source: Any) -> bool:
         if source.is_floating_point():
             near = ROUNDINGS * min(torch.finfo(source.dtype).eps, torch.finfo(torch.float32).eps)
         ours, theirs = target.detach().reshape(-1), source.detach().to(target.device).reshape(-1)
-        for start in range(0, ours.numel(), CHUNK):
+        for start in range(0, ours.nelement(), CHUNK):
             a, b = (part[start : start + CHUNK].double() for part in (ours, theirs))
             if not bool(((a - b).abs() <= a.abs() * near).all()):
                 return False
@@ -177,7 +195,7 @@ def _refusal(name: str, func: Any, target: FrozenTensor) -> Exception:
         " To replace a weight, use load_state_dict, or the module's store() or load_packed()."
     )
     # of a TypeError, `p.data += 1` would make `p.data = p.data + 1`
-    return TypeError(text) if name == "copy_" or func == _set_data else RuntimeError(text)
+    return TypeError(text) if name in ("copy_", "view_as") or func == _set_data else RuntimeError(text)
 
 
 def _freeze_aliases(result: Any, values: tuple[Any, ...]) -> Any:

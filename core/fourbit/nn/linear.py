@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.config import QuantConfig, as_compute_dtype
-from fourbit.nn.packed import PackedModule, options
+from fourbit.nn.packed import PackedModule, fitting, options
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +66,12 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
         features = replaced.in_features, replaced.out_features
         new = cls(*features, bias=False, compute_dtype=config.compute_dtype, **options(config, dtype, device))
         new.bias = replaced.bias
+        return new
+
+    def restored(self, weight: nn.Parameter) -> nn.Linear:
+        """An nn.Linear with that weight and this one's bias, in the weight's dtype."""
+        new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=weight.dtype)
+        new.weight, new.bias = weight, fitting(self.bias, weight)  # type: ignore[assignment]
         return new
 
     def forward(self, x: Tensor) -> Tensor:

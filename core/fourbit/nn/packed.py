@@ -29,8 +29,8 @@ REPLACEMENTS: dict[type, type[PackedModule]] = {}
 class PackedModule(PackedStorage):
     """A module with a frozen 4-bit weight, in the place of a 16-bit one.
 
-    A subclass calls `setup` in its `__init__`, and has `like` and `forward`; and `query` and `sample` of its own where
-    these do not say what its forward asks and takes.
+    A subclass calls `setup` in its `__init__`, and has `like`, `restored` and `forward`; and `query` and `sample` of
+    its own where these do not say what its forward asks and takes.
 
     Attributes:
         replaces: of the class: whose modules' place it takes, and whose `weight` it quantizes; nn.Parameter: the place
@@ -55,6 +55,13 @@ class PackedModule(PackedStorage):
     def like(cls, replaced: Any, config: QuantConfig, dtype: torch.dtype, device: torch.device) -> Self:
         """An empty one for the place of `replaced`, with all that this has beside its weight, such as a bias."""
         raise NotImplementedError(f"{cls.__name__} does not say how one is made for the place of another module")
+
+    def restored(self, weight: nn.Parameter) -> nn.Module | nn.Parameter:
+        """`like`'s counterpart: the 16-bit module for this one's place, with `weight` and all that this has beside its.
+
+        `weight` itself where a parameter made place.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say which 16-bit module takes its place")
 
     @classmethod
     def from_module(
@@ -119,6 +126,16 @@ class PackedModule(PackedStorage):
         parent._parameters.pop(name, None)
         parent._modules[name] = self
 
+    def leave(self, parent: nn.Module, name: str, new: nn.Module | nn.Parameter, undo: ExitStack) -> None:
+        """`put`'s counterpart: `new` takes this one's place; closing `undo` brings back what was there."""
+        for table in (parent._modules, parent._parameters):
+            undo.callback(_restore, table, dict(table))
+        if isinstance(new, nn.Module):
+            parent._modules[name] = new
+        else:
+            del parent._modules[name]
+            parent._parameters[name] = new
+
     def query(self) -> OpQuery:
         """What its forward asks of the backends, for an input of its own dtype."""
         return OpQuery(
@@ -155,3 +172,10 @@ def options(config: QuantConfig, dtype: torch.dtype, device: torch.device) -> di
 def _restore(table: dict[str, Any], before: dict[str, Any]) -> None:
     table.clear()  # and not only the one entry: the order is that of before
     table.update(before)
+
+
+def fitting(tensor: nn.Parameter | None, weight: Tensor) -> nn.Parameter | None:
+    """A bias as it stands beside `weight` in a 16-bit module: itself, or a copy in the weight's dtype."""
+    if tensor is None or tensor.dtype == weight.dtype:
+        return tensor
+    return nn.Parameter(tensor.detach().to(weight.dtype), tensor.requires_grad)

@@ -49,6 +49,7 @@ class PackedStorage(nn.Module):
         quant_type, blocksize, double_quant: as in QuantConfig.
         dtype: logical dtype of `weight`; follows `.half()` and the like, which leave the bits alone.
         weight_shape: torch.Size of `weight`.
+        rewrites: how often `weight` was written to since the weight was stored or loaded, each time rounded anew.
 
     Until a weight is stored or loaded the scales are NaN: what was never set computes NaN, not garbage.
 
@@ -62,6 +63,7 @@ class PackedStorage(nn.Module):
     qweight: Tensor
     scales: Tensor
     codebook: Tensor
+    rewrites: int = 0
 
     def setup(
         self,
@@ -112,12 +114,15 @@ class PackedStorage(nn.Module):
         return packed, scales
 
     def _freeze(self) -> None:
-        """Make FrozenTensors of the storage, where it has been replaced by ordinary tensors."""
+        """Make FrozenTensors of the storage where it has been replaced by ordinary tensors; say what they count for."""
         tables: tuple[dict[str, Any], dict[str, Any]] = (self._parameters, self._buffers)
         for tensors in tables:
             for name in STORAGE:
                 if type(tensors.get(name)) in (Tensor, nn.Parameter):
                     tensors[name] = frozen(tensors[name], parameter=tensors is self._parameters)
+        for name, count in (("qweight", self.weight_shape.numel()), ("scales", 0)):
+            if type(tensor := self._parameters.get(name)) is FrozenTensor:
+                tensor.counted = count
 
     # ---- reading and writing the weight ------------------------------------------------------------
 
@@ -173,6 +178,7 @@ class PackedStorage(nn.Module):
         """
         for name, tensor in self.storage_of(packed, state).items():
             getattr(self, name).copy_(tensor)
+        self.rewrites = 0
 
     def storage_of(self, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
         """A packed weight as tensors of this module's storage, by name, without a copy where none is needed.
@@ -186,7 +192,7 @@ class PackedStorage(nn.Module):
                 f"{type(self).__name__} holds (shape, quant_type, blocksize, double_quant) = {_words(mine)},"
                 f" the packed weight is {_words(its)}"
             )
-        if packed.dtype != torch.uint8 or packed.numel() != self.qweight.nelement():
+        if packed.dtype != torch.uint8 or packed.nelement() != self.qweight.nelement():
             count = self.qweight.nelement()
             raise ValueError(f"packed: want uint8 with {count} bytes, got {packed.dtype} {packed.shape}")
         absmax = state.absmax if state.double_quant else _bits(state.absmax)
@@ -218,6 +224,8 @@ class PackedStorage(nn.Module):
         if name in STORAGE and type(value) in (Tensor, nn.Parameter):  # also what load_state_dict(assign=True) assigns
             value = frozen(value, parameter=isinstance(value, nn.Parameter))
         super().__setattr__(name, value)
+        if name in STORAGE:
+            self._freeze()
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         if dtype in checks.COMPUTE_DTYPES:
@@ -275,6 +283,8 @@ class PackedStorage(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._freeze()
+        self.rewrites = 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

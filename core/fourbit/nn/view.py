@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ class Holder(Protocol):
     weight_shape: torch.Size
     dtype: torch.dtype
     qweight: Tensor
+    rewrites: int
 
     def packed_weight(self) -> Weight: ...
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor: ...
@@ -27,6 +30,19 @@ class Holder(Protocol):
 
 
 aten = torch.ops.aten
+
+MANY_REWRITES = 3
+"""An initialization may rewrite a weight once and a merge once; more are merges and unmerges, again and again."""
+
+
+class RequantizationWarning(UserWarning):
+    """A 4-bit weight has been rewritten several times, and each time was rounded to 4 bits anew.
+
+    What that costs, measured on a random weight [1024, 1024] in NF4, blocksize 64, for adapters of 1, 5 and 20 % of the
+    weight's norm (double quantization and 16-bit dtypes change no digit): a merge is off by 1.1, 5.2 and 9.2 %, which
+    is to say that of an update below the grid's steps next to nothing arrives. After 1, 2 and 5 merges and unmerges
+    the weight is off by 0.6, 1.3 and 3.2 % / 4.0, 7.5 and 17 % / 11, 18 and 35 %.
+    """
 
 
 class WeightView(Tensor):
@@ -41,6 +57,7 @@ class WeightView(Tensor):
     to *that* does not reach the module.
     """
 
+    _is_hf_initialized = True  # transformers' initialization must not write through it
     holder: Holder
     expert: int | None
 
@@ -76,7 +93,18 @@ class WeightView(Tensor):
     def write(self, w: Tensor) -> None:
         """Requantize the module's storage from an ordinary tensor."""
         if self.expert is None:
+            rewrites = self.holder.rewrites + 1
             self.holder.store(w)
+            self.holder.rewrites = rewrites
+            if rewrites == MANY_REWRITES:
+                warnings.warn(
+                    f"a 4-bit weight has been rewritten {MANY_REWRITES} times (by merging and unmerging adapters?), and"
+                    " is rounded to 4 bits each time: unmerging does not bring back what was there (of an adapter of"
+                    " 5 % of the weight, 4, 8 and 17 % error after 1, 2 and 5 times). Leave adapters unmerged, or merge"
+                    " into 16 bits: fourbit.dequantize_model(model), then merge_and_unload()",
+                    RequantizationWarning,
+                    stacklevel=_outside(),
+                )
             return
         whole = self.holder.dequantize()
         whole[self.expert] = w
@@ -123,6 +151,14 @@ class WeightView(Tensor):
             if result is read[id(view)]:
                 return view
         return result
+
+
+def _outside() -> int:
+    """The stack level of the first caller that is neither fourbit nor torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fourbit", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[WeightView]:

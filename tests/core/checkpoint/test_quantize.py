@@ -92,6 +92,7 @@ def test_config_json(tmp_path):
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": "float16",
         "bnb_4bit_quant_storage": "uint8",
+        "fourbit": config.to_dict(),
     }
 
 

@@ -1,0 +1,1 @@
+"""Whole programs on fourbit, transformers and its neighbours: `python -m fourbit_transformers.examples.qlora`."""
