@@ -42,9 +42,14 @@ def offload_experts(model: nn.Module, device: torch.device | str) -> nn.Module:
     where = torch.device(device)
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
-    if where.type != "cpu":
+    if gains(where):
         offload(model, Streamer(where))
     return model
+
+
+def gains(device: torch.device) -> bool:
+    """Whether the device has a memory of its own."""
+    return device.type != "cpu"
 
 
 def offload(model: nn.Module, streamer: Streamer) -> None:
@@ -55,9 +60,15 @@ def offload(model: nn.Module, streamer: Streamer) -> None:
             raise ValueError(f"{name} has no values to offload: it is on the meta device")
     hosted: Hosted = {}
     for place, stack in enumerate(stacks.values()):
-        stack.__class__ = OffloadedExperts
-        stack.place, stack.streamer = place, streamer
-        stack.to_host(hosted)
+        prepare(stack, streamer, place).to_host(hosted)
+
+
+def prepare(stack: ExpertWeights4bit, streamer: Streamer, place: int = 0) -> OffloadedExperts:
+    """Make it one that takes its values, where they come later, from host memory, and leaves them there."""
+    stack.__class__ = OffloadedExperts
+    assert isinstance(stack, OffloadedExperts)
+    stack.place, stack.streamer = place, streamer
+    return stack
 
 
 class OffloadedExperts(ExpertWeights4bit):

@@ -281,3 +281,32 @@ def test_explain_and_warm_up_know_the_device(device):
     _, offloaded = pair("qwen3-moe", device)
     stack = stacks(offloaded)[0]
     assert fourbit.explain(stack).query.device == device and warmup(stack, rows=(1, 8)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # of what goes for loading alone
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_from_pretrained_keeps_stacks_in_host_memory(name, device, tmp_path, monkeypatch):
+    """On the fly and from a 4-bit folder; what is saved is what a model in one place saves."""
+    from fourbit_transformers import FourbitConfig, expert_offload
+
+    monkeypatch.setattr(expert_offload, "gains", lambda device: True)
+    moved = []
+    apply = OffloadedExperts._apply
+    monkeypatch.setattr(OffloadedExperts, "_apply", lambda s, fn, *a: moved.append(s.qweight) or apply(s, fn, *a))
+    make(name).bfloat16().save_pretrained(tmp_path / "plain")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    here = load(tmp_path / "plain", quantization_config=FourbitConfig(blocksize=64), device_map=device)
+    config = FourbitConfig(blocksize=64, offload_experts=True)
+    model = load(tmp_path / "plain", quantization_config=config, device_map=device)
+    model.save_pretrained(tmp_path / "small")
+    again = load(tmp_path / "small", device_map=device, quantization_config=FourbitConfig(offload_experts=True))
+    ids = IDS.to(device)
+    for each in (model, again):
+        assert all(type(s) is OffloadedExperts and s.qweight.device.type == "cpu" for s in stacks(each))
+        assert len({id(s.streamer) for s in stacks(each)}) == 1
+        assert [s.place for s in stacks(each)] == list(range(4))
+        torch.testing.assert_close(each(ids).logits, here(ids).logits, rtol=1e-2, atol=1e-2)
+        for mine, its in zip(stacks(each), stacks(here), strict=True):
+            assert torch.equal(mine.qweight.cpu(), its.qweight.cpu())
+    assert all(qweight.device.type != "cuda" for qweight in moved)
+    assert "offload" not in (tmp_path / "small" / "config.json").read_text()
