@@ -30,9 +30,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fourbit
 from fourbit.nn import PackedModule
-from fourbit_transformers.expert_forward import use_fourbit_experts
 from fourbit_transformers.expert_offload import offload_experts
 from fourbit_transformers.expert_stream import KEPT
+from fourbit_transformers.experts import use_fourbit_experts
 from harness import machine
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

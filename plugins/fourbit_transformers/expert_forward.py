@@ -1,8 +1,8 @@
 """The experts implementation "fourbit" of transformers 5: all experts of a projection in one 4-bit product.
 
-Importing this module registers it, and with peft LoRA on such stacks. transformers' modules of stacked experts then
-take it by name (`config._experts_implementation`, `model.set_experts_implementation("fourbit")`);
-`use_fourbit_experts` sets it where a model has such weights in 4 bits.
+Importing this module registers it. transformers' modules of stacked experts then take it by name
+(`config._experts_implementation`, `model.set_experts_implementation("fourbit")`); `experts.use_fourbit_experts` sets it
+where a model has such weights in 4 bits.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from fourbit.nn import ExpertWeights4bit
-from fourbit_transformers import expert_peft
 
 
 class _Name(str):
@@ -119,26 +117,4 @@ def implementation(module: nn.Module) -> str | None:
     return getattr(config, "_experts_implementation", None) if hasattr(module, "is_transposed") else None
 
 
-def use_fourbit_experts(model: nn.Module) -> nn.Module:
-    """Have the modules of `model` that hold stacked experts in 4 bits run on the implementation "fourbit".
-
-    Those for which "eager" was asked keep it, and modules with loops of their own read their weights through views.
-    Returns the model.
-    """
-    holders = [m for m in model.modules() if any(isinstance(child, ExpertWeights4bit) for child in m.children())]
-    others = (None, "eager", IMPLEMENTATION)
-    if any(implementation(m) not in others for m in holders):
-        outermost = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-        if outermost is not None:
-            outermost.set_experts_implementation(IMPLEMENTATION)
-    for module in holders:  # what that does not reach
-        if implementation(module) not in others:
-            config: Any = module.config
-            config._experts_implementation = IMPLEMENTATION
-    if holders:
-        expert_peft.adapt_present(model)
-    return model
-
-
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, fourbit_experts_forward)
-expert_peft.register()

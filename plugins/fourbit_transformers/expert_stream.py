@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import RLock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import ReferenceType, ref
 
 import torch
@@ -13,8 +13,17 @@ from torch import Tensor
 from fourbit.nn.frozen import plain
 from fourbit.weight import Weight
 
-if TYPE_CHECKING:
-    from fourbit_transformers.expert_offload import OffloadedExperts
+
+class Stack(Protocol):
+    """What is needed of a stack in host memory; `place` tells it from the others, `writes` its weight from former ones."""
+
+    place: int
+    writes: int
+    qweight: Tensor
+    scales: Tensor
+
+    def packed_weight(self) -> Weight: ...
+
 
 KEPT = 4
 """Copies that are kept: those of two layers, that with the next one's may be on its way while one computes, forward
@@ -72,7 +81,7 @@ class Streamer:
         self._others: dict[torch.device, Streamer] = {device: self}
         self._side: Any = None
         self._copies: dict[int, _Copy] = {}
-        self._stacks: dict[int, ReferenceType[OffloadedExperts]] = {}
+        self._stacks: dict[int, ReferenceType[Stack]] = {}
         self._after: dict[_Request, _Request] = {}
         self._last: _Request | None = None
         self._ends: tuple[ReferenceType[Tensor] | None, list[int]] = (None, [])
@@ -89,7 +98,7 @@ class Streamer:
             self._others[device] = other
         return self._others[device]
 
-    def fetch(self, stack: OffloadedExperts, gradient: bool = False) -> Weight:
+    def fetch(self, stack: Stack, gradient: bool = False) -> Weight:
         """The weight of `stack` on the device."""
         with self._lock:
             request = _Request(stack.place, gradient, torch._C._current_graph_task_id() != -1)
@@ -129,7 +138,7 @@ class Streamer:
                     self._copies[request.place] = self._start(stack)
                 return
 
-    def _start(self, stack: OffloadedExperts) -> _Copy:
+    def _start(self, stack: Stack) -> _Copy:
         host, identity = stack.packed_weight(), _identity(stack)
         if self.device.type != "cuda":
             return _Copy(_each(host, lambda part: part.to(self.device, copy=True)), identity, None, None)
@@ -150,7 +159,7 @@ def _each(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
     return Weight(*parts)
 
 
-def _identity(stack: OffloadedExperts) -> tuple[Any, ...]:
+def _identity(stack: Stack) -> tuple[Any, ...]:
     """What changes when somebody writes to the weight, or puts another in its place."""
     tensors = [plain(part) for part in (stack.qweight, stack.scales)]
     versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]

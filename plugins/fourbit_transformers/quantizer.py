@@ -24,7 +24,7 @@ from fourbit.nn.quantize import plan_model
 from fourbit.nn.storage import STORAGE
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
-from fourbit_transformers.expert_forward import use_fourbit_experts
+from fourbit_transformers.experts import use_fourbit_experts
 from fourbit_transformers.reading import Quantize, converter
 from fourbit_transformers.rows import Packed
 
@@ -129,7 +129,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             replaced = weight
         new = cls.from_module(replaced, self._planned[name], name)
         self._put(owner, leaf, name, new)
-        storage = {own: tensor for own, tensor in new._parameters.items() if own in STORAGE and tensor is not None}
+        storage: dict[str, Tensor] = {n: t for n, t in new._parameters.items() if n in STORAGE and t is not None}
         if self._stays_on_host(new, weight.device):
             storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
         for own, tensor in storage.items():  # transformers puts them back, or on a disk
@@ -157,7 +157,8 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether it is a stack of experts to offload; from then on `.to(device)` leaves it where it is."""
         if not (self.quantization_config.offload_experts and isinstance(new, ExpertWeights4bit)):
             return False
-        from fourbit_transformers.expert_offload import Streamer, gains, prepare
+        from fourbit_transformers.expert_offload import gains, prepare
+        from fourbit_transformers.expert_stream import Streamer
 
         if gains(device):
             prepare(new, Streamer(device))

@@ -16,7 +16,8 @@ try:
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
-from fourbit_transformers.expert_forward import IMPLEMENTATION, use_fourbit_experts
+from fourbit_transformers.expert_forward import IMPLEMENTATION
+from fourbit_transformers.experts import use_fourbit_experts
 from tests.plugins.expert_models import MODELS, MODULES, OWN_LOOPS, dense_twin, experts, make
 
 pytestmark = [

@@ -22,7 +22,8 @@ try:
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
-from fourbit_transformers.expert_forward import AdaptedExperts, use_fourbit_experts
+from fourbit_transformers.expert_forward import AdaptedExperts
+from fourbit_transformers.experts import use_fourbit_experts
 from tests.plugins.expert_models import MODELS, OWN_LOOPS, dense_twin, make
 
 pytestmark = [
@@ -267,7 +268,7 @@ def test_peft_imported_after_fourbit_finds_them_too():
     program = """
         import sys, warnings
         warnings.simplefilter("ignore")
-        import fourbit_transformers.expert_forward
+        import fourbit_transformers.experts
         assert "peft" not in sys.modules, "fourbit imports peft"
         from importlib.util import find_spec
         assert find_spec("peft") is not None and "peft" not in sys.modules

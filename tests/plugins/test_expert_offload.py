@@ -16,9 +16,9 @@ try:
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
-from fourbit_transformers.expert_forward import use_fourbit_experts
 from fourbit_transformers.expert_offload import OffloadedExperts, offload, offload_experts
 from fourbit_transformers.expert_stream import KEPT, Streamer
+from fourbit_transformers.experts import use_fourbit_experts
 from tests.plugins.expert_models import MODELS, make
 
 pytestmark = [
