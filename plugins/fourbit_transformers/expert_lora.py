@@ -46,7 +46,7 @@ class ParamWrapper(lora.ParamWrapper):  # peft knows wrappers by the name of the
 
     def _adapted(self, stack: ExpertWeights4bit, owner: nn.Module, adapters: list[str]) -> Any:
         peft: Any = super()
-        if implementation(owner) == IMPLEMENTATION:
+        if implementation(owner) == IMPLEMENTATION and hasattr(self, "get_delta_factors"):  # since peft 0.21
             return AdaptedExperts(stack, [peft.get_delta_factors(name) for name in adapters])
         weight = stack.weight.read()  # a loop of the model's own reads it as it likes
         for name in adapters:

@@ -29,8 +29,10 @@ def adapt_present(model: nn.Module) -> None:
 
 
 def _register() -> None:
-    from fourbit_transformers import expert_lora
-
+    try:
+        from fourbit_transformers import expert_lora
+    except ImportError:
+        return  # a peft of before `target_parameters`; to import that one must not fail
     expert_lora.register()
 
 

@@ -15,7 +15,7 @@ from fourbit.weight import Weight
 
 
 class Stack(Protocol):
-    """What is needed of a stack in host memory; `place` tells it from the others, `writes` its weight from former ones."""
+    """What is needed of a stack in host memory. `place` tells it from others, `writes` its weight from former ones."""
 
     place: int
     writes: int

@@ -152,7 +152,7 @@ def test_autocast(kind):
 @pytest.mark.parametrize("name", MODELS)
 def test_models_run_on_it_with_equal_logits_and_gradients(name):
     plain = make(name)
-    model = use_fourbit_experts(fourbit.quantize_model(copy.deepcopy(plain)))
+    model = fourbit.quantize_model(copy.deepcopy(plain))  # which tells transformers' plugin
     assert any(isinstance(m, ExpertWeights4bit) for m in model.modules())
     twin = dense_twin(model, plain)
     if name not in OWN_LOOPS:
