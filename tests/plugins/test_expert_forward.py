@@ -16,6 +16,7 @@ try:
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
+from fourbit_transformers import expert_forward
 from fourbit_transformers.expert_forward import IMPLEMENTATION
 from fourbit_transformers.experts import use_fourbit_experts
 from tests.plugins.expert_models import MODELS, MODULES, OWN_LOOPS, dense_twin, experts, make
@@ -100,9 +101,19 @@ def test_one_projection_in_4_bits_and_one_in_16(kind, half):
 
 
 @pytest.mark.parametrize("kind", ["qwen3-moe", "transposed, bias", "norm after each expert"])
-@pytest.mark.parametrize("only", ["", "down_proj"], ids=["4-bit", "in part"])
-def test_experts_of_other_ranks_add_nothing(kind, only):
+@pytest.mark.parametrize("only", ["", "down_proj", "gate_up_proj"], ids=["4-bit", "second", "first"])
+def test_experts_of_other_ranks_add_nothing(kind, only, monkeypatch):
     """Expert parallelism marks them by numbers from num_experts on."""
+    dense = expert_forward._grouped_linear
+
+    def leaves_the_rest(x, weights, offsets, **options):
+        """As on a GPU: rows after the last offset are whatever was there, and so are their gradients."""
+        rest = (torch.arange(len(x)) >= offsets[-1]).unsqueeze(-1)
+        x = x.clone()
+        x.register_hook(lambda grad: grad.masked_fill(rest, torch.nan))
+        return dense(x, weights, offsets, **options).masked_fill(rest, torch.nan)
+
+    monkeypatch.setattr(expert_forward, "_grouped_linear", leaves_the_rest)
     small, twin = in_4_bits(experts(kind), only=only)
     small._is_expert_parallel = True
     states, index, weights = routed(17)
