@@ -153,8 +153,8 @@ def test_what_ours_say_of_themselves(kind, double_quant):
     layer = LAYERS[kind](blocksize=64, double_quant=double_quant, dtype=torch.bfloat16)
     query = layer.query()
     assert (query.device, query.dtype, query.blocksize) == (torch.device("cpu"), torch.bfloat16, 64)
-    assert query.op == ("linear_4bit" if kind in ("linear", "experts") else "embedding_4bit")
-    assert query.nested == (double_quant and kind != "experts"), "an expert's scales are decoded first"
+    ops = {"linear": "linear_4bit", "embedding": "embedding_4bit"}
+    assert query.op == ops.get(kind, "grouped_linear_4bit") and query.nested == double_quant
     assert fourbit.explain(layer).query == query
     assert fourbit.explain(layer, dtype=torch.float32, blocksize=32).query == replace(
         query, dtype=torch.float32, blocksize=32
