@@ -38,7 +38,7 @@ import bitsandbytes, and peft refuse to merge. Norms then stay in 16 bit, as for
 Places = dict[int, list[tuple[nn.Module, str]]]
 
 
-class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class FourbitQuantizer(HfQuantizer):
     """transformers' door to fourbit. `from_pretrained` makes one; `attach` gives one to a model quantized in memory.
 
     While a model loads, its modules are ordinary ones on the meta device. As each weight arrives, in 16 bit to be
@@ -243,7 +243,7 @@ def detach(model: Any) -> None:
     """`attach`'s counterpart, and that of loading: the model is in 16 bit, and transformers is to know it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, FourbitQuantizer):
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         model._weight_conversions = quantizer._conversions
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
