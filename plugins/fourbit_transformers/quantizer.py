@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,7 +26,7 @@ from fourbit.nn.storage import STORAGE
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.experts import use_fourbit_experts
-from fourbit_transformers.reading import Quantize, converter
+from fourbit_transformers.reading import Quantize, converter, converters
 from fourbit_transformers.rows import Packed
 
 K_BIT = "hqq_quantized"
@@ -38,7 +39,7 @@ import bitsandbytes, and peft refuse to merge. Norms then stay in 16 bit, as for
 Places = dict[int, list[tuple[nn.Module, str]]]
 
 
-class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class FourbitQuantizer(HfQuantizer):
     """transformers' door to fourbit. `from_pretrained` makes one; `attach` gives one to a model quantized in memory.
 
     While a model loads, its modules are ordinary ones on the meta device. As each weight arrives, in 16 bit to be
@@ -112,9 +113,9 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             return weight_conversions
         self._returned = []
         for each in weight_conversions:
-            made = converter(self, each) if isinstance(each, WeightConverter) else each
-            self._originals[id(made)] = each
-            self._returned.append(made)
+            for made in converters(self, each) if isinstance(each, WeightConverter) else (each,):
+                self._originals[id(made)] = each
+                self._returned.append(made)
         self._returned.append(converter(self))
         return self._returned
 
@@ -200,12 +201,12 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
                     setattr(model.get_submodule(full.rpartition(".")[0]), full.rpartition(".")[2], tensor)
         used = model._weight_conversions if getattr(model, "_weight_conversions", None) is not None else []
         originals = self._originals if self.pre_quantized else {id(each): each for each in used}
-        self._keep_conversions(model, [originals[id(each)] for each in used if id(each) in originals])
-        self._returned[:] = [
+        self._keep_conversions(model, _once(originals[id(each)] for each in used if id(each) in originals))
+        self._returned[:] = _once(
             originals.get(id(each), each)
             for each in self._returned
             if id(each) in originals or not isinstance(each, WeightConverter)
-        ]
+        )
         self._places, self._originals, self._returned = {}, {}, []
         finish(model, self.quantization_config)
         return model
@@ -258,7 +259,7 @@ def detach(model: Any) -> None:
     """`attach`'s counterpart, and that of loading: the model is in 16 bit, and transformers is to know it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, FourbitQuantizer):
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         model._weight_conversions = quantizer._conversions
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -292,6 +293,11 @@ def _require_files_of_ours(files: list[str]) -> None:
                 " which a part alone had been quantized in memory. Quantize the whole, quantize_model(model), with"
                 " skip_modules for what is to stay, and save it again"
             )
+
+
+def _once(items: Iterable[Any]) -> list[Any]:
+    """Without those that were there already: of one converter several may have been made."""
+    return list({id(each): each for each in items}.values())
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, type[PackedModule], nn.Module | Tensor]:

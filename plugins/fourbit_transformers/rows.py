@@ -2,7 +2,8 @@
 
 transformers stacks, splits, fuses and permutes tensors between a folder and a model, by operations on their
 dimensions. A packed weight goes through them as a stand-in: a tensor of its shape but for the last dimension, which
-is 2 (older versions drop dimensions of 1), that holds a number for each row, and the next. What comes out says which rows the result is made of.
+is 2 (older versions drop dimensions of 1), that holds a number for each row, and the next. What comes out says which
+rows the result is made of.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Rows:
         """Which weights, in the order of `stand_in`, had part in what came out."""
         rows = ((tensor.reshape(-1) - _TAG) // _STEP).clamp(0, self._firsts[-1] - 1)
         firsts = torch.tensor(self._firsts)
-        return {int(i) for i in (torch.searchsorted(firsts, rows, right=True) - 1).unique()}
+        return {int(i) for i in torch.unique(torch.searchsorted(firsts, rows, right=True) - 1)}
 
     def weight(self, tensor: Tensor) -> Packed | None:
         """The packed weight that came out; None if it is not made of whole blocks of like weights, in whole rows."""

@@ -13,7 +13,7 @@ from fourbit.nn.packed import REPLACEMENTS, options
 from tests.support import skip_or_fail
 
 try:
-    from transformers.pytorch_utils import Conv1D
+    from transformers.models.falcon.modeling_falcon import FalconLinear
 
     from fourbit_transformers import load
     from tests.plugins.transformers_models import MODELS
@@ -22,13 +22,13 @@ except ImportError:
 
 
 @pytest.fixture
-def conv1d_4bit():
+def falcon_4bit():
     before = dict(REPLACEMENTS)
 
-    class Conv1D4bit(PackedModule):
-        """GPT-2's projections: [in, out]."""
+    class FalconLinear4bit(PackedModule):
+        """Falcon's projections: a subclass of nn.Linear with a forward of its own."""
 
-        replaces = Conv1D
+        replaces = FalconLinear
 
         def __init__(self, shape, **arguments):
             super().__init__()
@@ -41,21 +41,22 @@ def conv1d_4bit():
             return new
 
         def forward(self, x):
-            return x @ self.weight + self.bias
+            y = x @ self.weight.T
+            return y if self.bias is None else y + self.bias
 
-    yield Conv1D4bit
+    yield FalconLinear4bit
     REPLACEMENTS.clear()
     REPLACEMENTS.update(before)
 
 
 @torch.no_grad()
-def test_a_declared_layer_is_planned_and_loaded(conv1d_4bit, tmp_path, monkeypatch):
+def test_a_declared_layer_is_planned_and_loaded(falcon_4bit, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = MODELS["gpt2"]().eval()
+    model = MODELS["falcon"]().eval()
     model.save_pretrained(tmp_path / "src")
     stored, held = fourbit.plan(tmp_path / "src"), fourbit.plan(model)
     assert {t.module for t in stored.quantized} == {t.module for t in held.quantized}
-    assert {t.rule for t in stored.quantized} == {"weight of Conv1D"} and len(stored.quantized) == 4
+    assert {t.rule for t in stored.quantized} == {"weight of FalconLinear"} and len(stored.quantized) == 4
     quantize_checkpoint(tmp_path / "src", tmp_path / "dst")
 
     read, read_header = [], reader.read_header
@@ -63,6 +64,6 @@ def test_a_declared_layer_is_planned_and_loaded(conv1d_4bit, tmp_path, monkeypat
     loaded = load(tmp_path / "dst")
     assert len(read) == len(set(read)) == 1, "each header once"
     made = [m for m in loaded.modules() if isinstance(m, PackedModule)]
-    assert len(made) == 4 and {type(m) for m in made} == {conv1d_4bit}
+    assert len(made) == 4 and {type(m) for m in made} == {falcon_4bit}
     ids = torch.arange(8)[None]
     assert torch.equal(loaded(ids).logits, fourbit.quantize_model(model)(ids).logits)

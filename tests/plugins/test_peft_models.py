@@ -114,6 +114,17 @@ def test_the_footprint_is_bytes(folder, load):
     assert model.get_memory_footprint() < plain().get_memory_footprint() * 0.45
 
 
+def test_offloaded_by_accelerate(folder, tmp_path):
+    """Its hooks make the parameters anew, at each call of a layer."""
+    import accelerate
+
+    model = accelerate.cpu_offload(on_the_fly(folder), execution_device="cpu")
+    model(IDS)
+    assert model.num_parameters() == plain().num_parameters()
+    with pytest.raises(ValueError, match="is offloaded by accelerate"):
+        fourbit.dequantize_model(model)
+
+
 def test_what_is_printed(folder, capsys):
     adapted = lora(on_the_fly(folder))
     adapted.print_trainable_parameters()

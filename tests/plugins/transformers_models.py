@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import transformers as T
 
@@ -83,17 +85,17 @@ MODELS = {
         T.HunYuanMoEV1Config(**GROUPED, num_experts=4, moe_topk=[2], head_dim=16)
     ),
 }
-OF_OTHER_LAYERS = ("falcon", "gpt2")
-"""Those of which nothing is quantized: FalconLinear and Conv1D are no nn.Linear."""
+OF_OTHER_LAYERS = ("falcon",)
+"""Those of which nothing is quantized: FalconLinear is no nn.Linear."""
 
 FUSED_EXPERTS = ("mixtral", "qwen3-moe", "granite-moe", "hunyuan-moe")
 """Their experts are 3-D in memory, which transformers with bitsandbytes cannot load in 4 bit."""
 
 
-def make(name: str) -> torch.nn.Module:
+def make(build: str | Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """One of MODELS in bfloat16, its weights random but the same each time; no two values of a row are equal."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = (MODELS[build] if isinstance(build, str) else build)().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # some are left uninitialized
             if parameter.dim() > 1:

@@ -60,7 +60,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             )
         storage = id(old._parameters["qweight"])
         if storage not in weights:
-            weights[storage] = nn.Parameter(old.dequantize(dtype), requires_grad=False)
+            weight = old.dequantize(dtype)
+            weights[storage] = nn.Parameter(weight.T.contiguous() if old.transposed else weight, requires_grad=False)
         made[id(old)] = old.restored(weights[storage])
     with ExitStack() as undo:
         for parent, attribute, old in places:

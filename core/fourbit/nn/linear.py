@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
     no weight yet and gives NaN: use `from_linear`, `store` or `load_state_dict`.
     """
 
-    replaces = nn.Linear
+    replaces: ClassVar[type | str | None] = nn.Linear
     kind = "linear"
 
     def __init__(

@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from fourbit.backend import OpQuery
 from fourbit.config import QuantConfig
+from fourbit.functional import require_finite
 from fourbit.nn.storage import STORAGE, PackedStorage
 from fourbit.state import QuantState
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-REPLACEMENTS: dict[type, type[PackedModule]] = {}
-"""Which PackedModule takes the place of the modules of a class, and of a stacked parameter (under nn.Parameter)."""
+REPLACEMENTS: dict[type | str, type[PackedModule]] = {}
+"""Which PackedModule takes the place of the modules of a class, and of a stacked parameter (under nn.Parameter).
+
+A class may stand under its dotted name: of a library that is imported by whoever has such a module, and not here.
+"""
 
 
 class PackedModule(PackedStorage):
@@ -34,14 +38,17 @@ class PackedModule(PackedStorage):
 
     Attributes:
         replaces: of the class: whose modules' place it takes, and whose `weight` it quantizes; nn.Parameter: the place
-            of a 3-D parameter. To set it registers the class; None: only its maker knows where it belongs.
+            of a 3-D parameter. To set it registers the class; None: only its maker knows where it belongs. A string is
+            the dotted name of the class.
         kind: of the class: what a plan calls such a weight, see `fourbit.plans.layer.Layer`.
+        transposed: of the class: whether it holds [out, in] of what is [in, out] in the module that it replaces.
         op: of the class: that its forward runs.
         compute_dtype: that the input is cast to; None: the input's dtype stays.
     """
 
-    replaces: ClassVar[type | None] = None
+    replaces: ClassVar[type | str | None] = None
     kind: ClassVar[str] = "declared"
+    transposed: ClassVar[bool] = False
     op: ClassVar[str] = "linear_4bit"
     compute_dtype: torch.dtype | None = None
 
@@ -59,7 +66,7 @@ class PackedModule(PackedStorage):
     def restored(self, weight: nn.Parameter) -> nn.Module | nn.Parameter:
         """`like`'s counterpart: the 16-bit module for this one's place, with `weight` and all that this has beside its.
 
-        `weight` itself where a parameter made place.
+        `weight` is as that module holds it, of a `transposed` class [in, out]; itself where a parameter made place.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say which 16-bit module takes its place")
 
@@ -88,6 +95,9 @@ class PackedModule(PackedStorage):
             return new
         new = cls.empty(replaced, config, weight.dtype, weight.device)
         if weight.device.type != "meta":
+            if cls.transposed:
+                require_finite(weight, name)  # `store` would name the place in the transposed one
+                weight = weight.detach().T.contiguous()
             new.store(weight, name)
         return new
 
@@ -104,6 +114,7 @@ class PackedModule(PackedStorage):
     ) -> Self:
         """One for the place of `replaced` with a weight that is quantized already, copied to `device` (None: its own).
 
+        The weight is as files have it: of a `transposed` class [out, in].
         Raises ValueError, with `name`, for another shape than that of `replaced`.
         """
         config = QuantConfig(state.quant_type, state.blocksize, state.double_quant, compute_dtype)
@@ -151,14 +162,20 @@ class PackedModule(PackedStorage):
         return (torch.zeros(rows, self.weight_shape[-1], dtype=dtype or self.dtype, device=self.qweight.device),)
 
 
+def class_for(kind: type) -> type[PackedModule] | None:
+    """Which class takes the place of modules of this one itself, its bases not asked."""
+    return REPLACEMENTS.get(kind) or REPLACEMENTS.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
 def replacement(owner: nn.Module, leaf: str) -> tuple[type[PackedModule], nn.Module | Tensor] | None:
     """Which class takes the place of the weight `leaf` of `owner`, and what makes place: `owner`, or the parameter.
 
     None: nothing does. Subclasses of what a PackedModule replaces count as that.
     """
-    kind = next((kind for kind in type(owner).__mro__ if kind in REPLACEMENTS), None)
-    if kind is not None and leaf == "weight":
-        return REPLACEMENTS[kind], owner
+    if leaf == "weight":
+        found = next(filter(None, map(class_for, type(owner).__mro__)), None)
+        if found is not None:
+            return found, owner
     parameter = owner._parameters.get(leaf)
     return (REPLACEMENTS[nn.Parameter], parameter) if parameter is not None and parameter.dim() == 3 else None
 

@@ -28,6 +28,8 @@ class PlannedTensor:
         bytes_before, bytes_after: of storage; both 0 for a tensor that shares another's.
         module: dotted name of the module that owns it, as the model calls it.
         kind: see `fourbit.plans.layer.Layer`.
+        modules: of a matrix whose rows are divided among several layers when it is loaded, all of them; else
+            `module` alone.
         deliberate: whether a skip is by choice (the user's, or a rule that holds for every model), or because
             fourbit does not know how.
     """
@@ -41,12 +43,23 @@ class PlannedTensor:
     bytes_after: int
     module: str
     kind: str
+    modules: tuple[str, ...] = ()
     deliberate: bool = True
 
     @property
     def parameters(self) -> int:
         """Elements, 0 for a tensor that shares another's storage."""
         return prod(self.shape) if self.bytes_before else 0
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows and columns change places on the way to 4 bits."""
+        return self.kind == "transposed"
+
+    @property
+    def shape_in_4bit(self) -> tuple[int, ...]:
+        """The shape of its 4-bit form, if it is quantized."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def large_left(self) -> bool:

@@ -29,9 +29,7 @@ ROLES = {
     "score": "output head",
     "output": "output head",
     "head.fc": "output head",
-    "layers.0.mlp.gate": "router of a mixture of experts",
-    "layers.0.mlp.gate.wg": "router of a mixture of experts",
-    "layers.0.moe.router.layer": "router of a mixture of experts",
+    "layers.0.mlp.experts.0.gate": "linear weight",
     "layers.0.mlp.gate_proj": "linear weight",
     "layers.0.mlp.up_gate.0": "linear weight",
     "layers.0.attention.output.dense": "linear weight",
@@ -41,7 +39,7 @@ ROLES = {
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_roles_by_name_are_the_same_in_memory_and_folders(name, tmp_path):
+def test_heads_by_name_are_the_same_in_memory_and_folders(name, tmp_path):
     model = nested(name, nn.Linear(64, 8, bias=False))
     rules = [[(t.name, t.rule) for t in fourbit.plan(m).tensors] for m in (model, folder_of(model, tmp_path / "f"))]
     assert rules == [[(f"{name}.weight", ROLES[name])]] * 2
@@ -211,13 +209,13 @@ def test_what_the_model_keeps_in_float32_stays():
 
 def test_names_on_the_list_catch_no_quantized_module():
     """Readers take a name for the beginning and for the end of others' too."""
-    model = nn.ModuleDict({"gate": nn.Linear(64, 4), "gate_proj": nn.Linear(64, 64), "x": nn.Linear(64, 64)})
+    model = nn.ModuleDict({"score": nn.Linear(64, 4), "score_proj": nn.Linear(64, 64), "x": nn.Linear(64, 64)})
     model["mixer"] = nn.ModuleDict({"proj": nn.Linear(64, 64), "dt_proj": nn.Linear(64, 64)})
     model["mixer"].A_log = nn.Parameter(torch.randn(8, 8))  # its own matrix, but no layer's weight
     model["proj"] = nn.Linear(64, 64)
     planned = fourbit.plan(model, fourbit.QuantConfig(skip_modules=("proj", "x")))
-    assert {t.module for t in planned.quantized} == {"gate_proj", "mixer.dt_proj"}
-    assert planned.left_modules == ("lm_head", "gate$", "x", "mixer.proj", "proj$")
+    assert {t.module for t in planned.quantized} == {"score_proj", "mixer.dt_proj"}
+    assert planned.left_modules == ("lm_head", "score$", "x", "mixer.proj", "proj$")
 
 
 class Inner(nn.Module):

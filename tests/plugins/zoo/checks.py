@@ -42,8 +42,8 @@ def options(entry: Entry, apart: bool = False) -> fourbit.QuantConfig:
     """How the entry is quantized: twelve entries that follow each other have all the combinations.
 
     Args:
-        apart: whether it has experts that are stacked in memory and lie one by one in a folder. Not double-quantized
-            then: the scales of a stack have one mean in memory, in a folder each matrix' have their own.
+        apart: whether it has experts that are stacked in memory and lie one by one in a folder, or layers that lie in
+            one matrix there. Not double-quantized then: the scales of each matrix have a mean of their own.
     """
     place = ENTRIES.index(entry)
     return fourbit.QuantConfig(("nf4", "fp4")[place % 2], BLOCKSIZES[place % 3], place // 6 % 2 == 1 and not apart)
@@ -62,7 +62,8 @@ def examine(entry: Entry, folder: Path) -> Row:
     in_16_bit = fair_test(entry, folder)
     plain = load(entry, folder / "plain")
     stored, held = fourbit.plan(folder / "plain"), fourbit.plan(plain)
-    config = options(entry, apart=kinds(held) - kinds(stored) == {"experts"})
+    divided = {module for t in stored.quantized if len(t.modules) > 1 for module in t.modules}
+    config = options(entry, apart=kinds(held) - kinds(stored) == {"experts"} or bool(divided))
     in_memory = fourbit.quantize_model(plain, config)
     if not packed(in_memory):
         return nothing_to_quantize(entry, folder, config)
@@ -88,13 +89,14 @@ def examine(entry: Entry, folder: Path) -> Row:
         same_files(folder / "saved", folder / "cli")
     same_model(entry, load(entry, folder / "cli"), in_memory, logits, "the folder of fourbit quantize")
     same_model(entry, fourbit_transformers.load(folder / "cli"), in_memory, logits, "the same, by load")
+    split = f"{listed(sorted(divided))} in one weight" if divided else ""
     return Row(
         name=entry.name,
         family=entry.family,
         layers=str(len(packed(on_the_fly))),
         alike=f"yes; in the folder {listed(stay)} in 16 bit" if stay else "yes",
         reloaded="yes",
-        bitsandbytes=read_by_bitsandbytes(entry, folder, config, f"{listed(stay)} in one weight" if stay else ""),
+        bitsandbytes=read_by_bitsandbytes(entry, folder, config, split),
     )
 
 
@@ -110,7 +112,7 @@ def fair_test(entry: Entry, folder: Path) -> Tensor:
 
 def modules(plan: fourbit.QuantPlan) -> set[str]:
     """That are quantized; a stack of experts by the module's name."""
-    return {t.module for t in plan.quantized if t.kind != "experts"}
+    return {module for t in plan.quantized if t.kind != "experts" for module in t.modules}
 
 
 def listed(names: list[str]) -> str:
