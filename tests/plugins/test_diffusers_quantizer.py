@@ -86,7 +86,10 @@ def test_four_ways(kind, tmp_path):
     assert planned == {name for name in packed(on_the_fly) if name in plain.state_dict()}
     assert not torch.equal(output(plain), outputs[0])
     for number, model in enumerate((on_the_fly, in_memory, by_command)):
+        model.save_pretrained(tmp_path / "first")
         model.save_pretrained(tmp_path / f"saved{number}")
+        files = [sorted((tmp_path / name).iterdir()) for name in ("first", f"saved{number}")]
+        assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True))
         loaded, info = cls.from_pretrained(tmp_path / f"saved{number}", output_loading_info=True)
         assert not any(info.values())
         assert_same(loaded, on_the_fly)
