@@ -67,6 +67,7 @@ def _outermost(model: nn.Module) -> list[nn.Module]:
     found: dict[str, nn.Module] = {}
     if kind is None:
         return []
+    part: nn.Module
     for name, part in model.named_modules():
         if isinstance(part, kind) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
             found[name] = part
@@ -131,8 +132,15 @@ def targets(model: Any, names: tuple[str, ...]) -> dict[str, Target]:
             goals += [renamed.replace(first, other) for other in others]
         goals = [goal for goal in goals if goal in tensors]
         if goals:
-            found[name] = Target(tuple(goals), pattern is not None)
+            by_rows = pattern is not None and _keeps_rows(by_pattern[pattern])
+            found[name] = Target(tuple(goals), pattern is not None, by_rows)
     return found
+
+
+def _keeps_rows(converter: Any) -> bool:
+    """Whether it only divides matrices between rows, or puts them below each other."""
+    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
+    return all(name in ("Chunk", "Split", "Concatenate") and dim == 0 for name, dim in operations)
 
 
 @dataclass(frozen=True)

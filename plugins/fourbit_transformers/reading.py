@@ -44,7 +44,7 @@ class Quantizer(Protocol):
     def as_wanted(self, model: nn.Module, name: str, tensor: Tensor) -> Tensor: ...
 
 
-class _Shared(ConversionOps):  # type: ignore[misc]
+class _Shared(ConversionOps):
     """transformers copies converters deeply, once for each tensor; the quantizer and its model stay the same."""
 
     supports_many_to_many = True
@@ -60,7 +60,9 @@ class Quantize(_Shared):
     """A 16-bit weight, as it arrives on its device, becomes a 4-bit module."""
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any) -> Any:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any
+    ) -> Any:
         """`input_dict`: tensors of the model, by name; the planned ones are quantized."""
         found: dict[str, Tensor] = {}
         for name in list(input_dict):
@@ -176,15 +178,32 @@ class Unpack(_Shared):
         return {prefix + key + suffix: v[0] if isinstance(v, list) else v for key, v in tensors.items()}
 
 
-def converter(hf_quantizer: Quantizer, original: WeightConverter | None = None) -> WeightConverter:
-    """What collects a folder's weights and the tensors beside them: for one of transformers' converters, or for all else."""
+def converters(hf_quantizer: Quantizer, original: WeightConverter) -> Iterator[WeightConverter]:
+    """What collects the weights of one of transformers' converters, with the tensors beside them.
+
+    A converter may name modules (`attn.Wqkv`) and mean all tensors in them: those beside a weight have `.weight.` in
+    their names, so that their names become the model's as the weight's does by a converter of the weights alone.
+    """
+    if not all(source.removesuffix("$").endswith("weight") for source in original._original_source_patterns):
+        yield converter(hf_quantizer, original, leaf="weight")
+    yield converter(hf_quantizer, original)
+
+
+def converter(hf_quantizer: Quantizer, original: WeightConverter | None = None, leaf: str = "") -> WeightConverter:
+    """What collects weights and the tensors beside them: for one of transformers' converters, or for all else.
+
+    `leaf` is the name of the tensors in modules that `original` names.
+    """
     sources = [""] if original is None else list(original._original_source_patterns)
     targets = [""] if original is None else list(original._original_target_patterns)
+    if leaf:
+        sources = [rf"{source.removesuffix('$')}\.{leaf}" for source in sources]
+        targets = [f"{target}.{leaf}" for target in targets]
     patterns, parts = [], []
     for part, suffix in (*_COMPANIONS.items(), (_WEIGHT, "")):  # longer ones first: the first that fits is taken
         for source in sources:
-            end = "$" if suffix or not source else ""
-            patterns.append(source.removesuffix("$") + suffix + end if suffix or not source else source)
+            end = "$" if suffix or leaf or not source else ""
+            patterns.append(source.removesuffix("$") + suffix + end if end else source)
             parts.append(part)
     operation = Unpack(hf_quantizer, () if original is None else original.operations)
     made = WeightConverter(patterns, targets, [operation])
@@ -243,5 +262,5 @@ def _kinds(text: bytes) -> Iterator[str]:
 
 
 def _is_packed(tensor: Tensor, state: QuantState) -> bool:
-    """Whether a tensor is the codes of `state`; beside packed weights there may be others of the same shape in 16 bit."""
+    """Whether a tensor is the codes of `state`; beside packed weights there may be like ones in 16 bit."""
     return tensor.nbytes == (prod(state.shape) + 1) // 2 and tensor.shape != state.shape

@@ -19,7 +19,7 @@ from tests.support import for_bitsandbytes, installed, skip_or_fail
 try:
     import transformers
 
-    from tests.plugins.transformers_models import FUSED_EXPERTS, MODELS, OF_OTHER_LAYERS, SMALL, make
+    from tests.plugins.transformers_models import BERT, FUSED_EXPERTS, MODELS, OF_OTHER_LAYERS, SMALL, make
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
+QKV = ("q_proj", "k_proj", "v_proj")
 LOADABLE = [name for name in MODELS if name not in (*FUSED_EXPERTS, *OF_OTHER_LAYERS)]
 
 
@@ -162,22 +163,53 @@ def test_a_float16_folder_keeps_them_so(tmp_path):
         assert type(wo) is nn.Linear and torch.equal(wo.weight.float(), source.weight.float())
 
 
-def test_what_is_split_while_loading_stays(tmp_path):
-    """The folder has gate and up in one matrix, and transformers splits it: 4-bit blocks could not follow."""
+def swiglu():
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
-    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, mlp_ratio=6, use_swiglu_ffn=True)).bfloat16()
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes, mlp_ratio=6, use_swiglu_ffn=True))
+
+
+DIVIDED = {
+    "dinov2": (swiglu, "weights_in", ("gate_proj", "up_proj")),
+    "nomic-bert": (lambda: transformers.NomicBertModel(transformers.NomicBertConfig(**BERT)), "Wqkv", QKV),
+    "gte": (lambda: transformers.GteModel(transformers.GteConfig(**BERT)), "qkv_proj", QKV),
+}
+"""Models that hold several layers of what is one matrix in their folders."""
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_what_is_divided_while_loading_is_quantized_as_one(name, tmp_path):
+    """Rows stay whole, and so do blocks: the layers are those that quantize_model makes."""
+    build, fused, layers = DIVIDED[name]
+    try:
+        model = make(build)
+    except AttributeError:
+        pytest.skip(f"transformers {transformers.__version__} has no such model")
     model.save_pretrained(tmp_path / "plain")
-    planned = fourbit.plan(tmp_path / "plain")
-    fused = [t for t in planned.tensors if "weights_in.weight" in t.name]
-    assert len(fused) == 1
-    if "encoder.layer.0.mlp.gate_proj.weight" in model.state_dict():  # in newer versions of transformers
-        assert fused[0].rule.startswith("rearranged into other layers") and not fused[0].deliberate
-        assert {"encoder.layer.0.mlp.gate_proj", "encoder.layer.0.mlp.up_proj"} <= set(planned.left_modules)
-    else:
-        assert fused[0].action == "quantize"
-    bitsandbytes()
+    stored, held = fourbit.plan(tmp_path / "plain"), fourbit.plan(model)
+    (found,) = (t for t in stored.tensors if t.name.endswith(f"{fused}.weight"))
+    if not len(found.modules) > 1:
+        pytest.skip(f"transformers {transformers.__version__} has it as one layer, too")
+    assert found.action == "quantize" and tuple(m.rpartition(".")[2] for m in found.modules) == layers
+    assert {m for t in stored.quantized for m in t.modules} == {t.module for t in held.quantized}
+    assert stored.left_modules == held.left_modules
+    assert stored.quantized_parameters == held.quantized_parameters
+    one = fourbit.QuantConfig(skip_modules=(found.modules[1],))
+    (left,) = (t for t in fourbit.plan(tmp_path / "plain", one).tensors if t.name == found.name)
+    assert (
+        left.rule == f"divided among layers of which {found.modules[1]}.weight stays: skip_modules: {found.modules[1]}"
+    )
+    wide = fourbit.QuantConfig(blocksize=4096)
+    (torn,) = (t for t in fourbit.plan(tmp_path / "plain", wide).tensors if t.name == found.name)
+    assert (torn.action == "skip") == bool(model.get_submodule(found.modules[0]).weight.numel() % 4096)
+
+    import fourbit_transformers
+
     quantize_checkpoint(tmp_path / "plain", tmp_path / "small", fourbit.QuantConfig(blocksize=64))
-    check_loaded(load(type(model), tmp_path / "small"), model, tmp_path / "small", planned)
+    loaded = fourbit_transformers.load(tmp_path / "small")
+    want = fourbit.quantize_model(make(build), fourbit.QuantConfig(blocksize=64))
+    state = loaded.state_dict()
+    assert state.keys() == want.state_dict().keys()
+    assert all(torch.equal(state[n], t) for n, t in want.state_dict().items())
 
 
 ABSURD = {

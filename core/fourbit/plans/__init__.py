@@ -9,6 +9,7 @@ knows that class (`known`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -42,7 +43,8 @@ def planned(
     """
     config = config or QuantConfig()
     blocksize = config.blocksize or dispatch.default_blocksize(torch.device(device))
-    decisions = [(layer, rules.decide(layer, config)) for layer in layers]
+    decided = replace(config, blocksize=blocksize)
+    decisions = [(layer, rules.decide(layer, decided)) for layer in layers]
     tensors = tuple(_planned(layer, decision, config, blocksize) for layer, decision in decisions)
     left = rules.left_modules(modules, [layer for layer, decision in decisions if decision.quantize])
     return QuantPlan(tensors, config, blocksize, source, described_by, left)
@@ -62,5 +64,6 @@ def _planned(layer: Layer, decision: rules.Decision, config: QuantConfig, blocks
         bytes_after=after,
         module=layer.module,
         kind=layer.kind,
+        modules=tuple(part.module for part in layer.parts) or (layer.module,),
         deliberate=decision.deliberate,
     )

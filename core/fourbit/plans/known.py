@@ -23,11 +23,17 @@ MOST_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Target:
-    """Where a folder's tensor goes: names of the model's tensors, and whether its values are rearranged on the way
-    (stacked, split, transposed) rather than only renamed."""
+    """Where a folder's tensor goes.
+
+    Attributes:
+        names: of the model's tensors.
+        rearranged: whether its values are (stacked, split, transposed) on the way, rather than only renamed.
+        by_rows: and if so, whether every row stays whole: matrices are split between rows, or put below each other.
+    """
 
     names: tuple[str, ...]
     rearranged: bool = False
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)

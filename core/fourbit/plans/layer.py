@@ -45,6 +45,7 @@ class Layer:
             it is not on it.
         first: name of the tensor whose storage it shares, "" if it is the first or the only one to use it.
         tied: the other layers that share its storage.
+        parts: the layers that its rows are divided among when the folder is loaded, or that it becomes a part of.
         aliases: further names, of the tensor or its module, by which `skip_modules` may call it.
     """
 
@@ -63,6 +64,7 @@ class Layer:
     tied_by_model: str = ""
     first: str = ""
     tied: tuple[Layer, ...] = ()
+    parts: tuple[Layer, ...] = ()
     aliases: tuple[str, ...] = ()
 
     @property

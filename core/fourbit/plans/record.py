@@ -28,6 +28,8 @@ class PlannedTensor:
         bytes_before, bytes_after: of storage; both 0 for a tensor that shares another's.
         module: dotted name of the module that owns it, as the model calls it.
         kind: see `fourbit.plans.layer.Layer`.
+        modules: of a matrix whose rows are divided among several layers when it is loaded, all of them; else
+            `module` alone.
         deliberate: whether a skip is by choice (the user's, or a rule that holds for every model), or because
             fourbit does not know how.
     """
@@ -41,6 +43,7 @@ class PlannedTensor:
     bytes_after: int
     module: str
     kind: str
+    modules: tuple[str, ...] = ()
     deliberate: bool = True
 
     @property

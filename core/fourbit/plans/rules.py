@@ -15,6 +15,9 @@ from fourbit.state import dtype_name
 _ALWAYS_LISTED = "lm_head"  # a folder of a base model has none, and may be loaded with one
 
 
+_REARRANGED = "rearranged into other layers when it is loaded, which 4-bit blocks do not survive"
+
+
 class Decision(NamedTuple):
     """Whether a tensor is quantized, and the last two fields of a PlannedTensor on why."""
 
@@ -24,7 +27,10 @@ class Decision(NamedTuple):
 
 
 def decide(layer: Layer, config: QuantConfig) -> Decision:
-    """What becomes of one tensor. Layers that share one storage are quantized together or not at all."""
+    """What becomes of one tensor; `config` has a blocksize.
+
+    Layers that share one storage, or are stored as one matrix, are quantized together or not at all.
+    """
     own = _alone(layer, config)
     if layer.first:
         own = Decision(own.quantize, f"tied to {layer.first}", own.deliberate)
@@ -35,6 +41,13 @@ def decide(layer: Layer, config: QuantConfig) -> Decision:
         if not theirs.quantize:
             rule = f"tied to {layer.first}" if layer.first else f"tied to {other.name}, which stays: {theirs.rule}"
             return Decision(False, rule, theirs.deliberate)
+    for part in layer.parts if own.quantize else ():
+        theirs = _alone(part, config)
+        if not theirs.quantize:
+            return Decision(False, f"divided among layers of which {part.name} stays: {theirs.rule}", theirs.deliberate)
+    blocksize = config.blocksize or 1
+    if layer.parts and own.quantize and any(prod(each.shape) % blocksize for each in (layer, *layer.parts)):
+        return Decision(False, _REARRANGED, deliberate=False)
     return own
 
 
@@ -78,7 +91,7 @@ def _alone(layer: Layer, config: QuantConfig) -> Decision:
         return Decision(True, made[layer.kind])
     left = {
         "convolution": "convolution",
-        "rearranged": "rearranged into other layers when it is loaded, which 4-bit blocks do not survive",
+        "rearranged": _REARRANGED,
     }
     rule = left.get(layer.kind, f"{layer.owner} is not a linear layer that fourbit knows")
     return Decision(False, rule, deliberate=False)
@@ -95,7 +108,7 @@ def left_modules(modules: Iterable[Layer], quantized: Sequence[Layer]) -> tuple[
     the end of others, too. Where a name would so catch a quantized module it gets a "$", since names are taken as
     regular expressions from the beginning on, and as plain text at the end.
     """
-    made = {layer.module for first in quantized for layer in (first, *first.tied)}
+    made = {layer.module for first in quantized for layer in (first, *first.tied, *first.parts)}
     names = [layer.module for layer in modules if layer.owns_matrix and layer.module not in made]
     forward, backward = sorted(made), sorted(name[::-1] for name in made)
 

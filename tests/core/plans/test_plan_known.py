@@ -106,6 +106,36 @@ def test_what_a_reader_rearranges_is_quantized_only_as_an_expert(tmp_path):
         assert fourbit.plan(tmp_path, config).left_modules == ("lm_head", "q", "k", "out")
 
 
+@pytest.mark.parametrize(
+    ("blocksize", "skip", "rule"),
+    (
+        (64, (), "linear weight"),
+        (64, ("k",), "divided among layers of which k.weight stays: skip_modules: k"),
+        (64, ("qk",), "skip_modules: qk"),
+        (4096, (), "linear weight"),
+    ),
+)
+def test_what_a_reader_divides_between_rows_is_quantized_as_one(tmp_path, blocksize, skip, rule):
+    targets = {
+        "qk.weight": known.Target(("q.weight", "k.weight"), rearranged=True, by_rows=True),
+        "half.0.weight": known.Target(("out.weight",), rearranged=True, by_rows=True),
+        "half.1.weight": known.Target(("out.weight",), rearranged=True, by_rows=True),
+        "head.weight": known.Target(("lm_head.weight",)),
+    }
+    rows = {"qk.weight": 128, "head.weight": 64}
+    save_file({n: torch.randn(rows.get(n, 32), 64) for n in targets}, tmp_path / "model.safetensors")
+    plug_in(lambda config, names: known.KnownModel(Rearranged().to("meta"), targets, "a toy"))
+    planned = fourbit.plan(tmp_path, fourbit.QuantConfig(blocksize=blocksize, skip_modules=skip))
+    by_name = {t.name: t for t in planned.tensors}
+    assert by_name["qk.weight"].rule == rule and by_name["qk.weight"].modules == ("q", "k")
+    torn = blocksize == 4096  # each half has 2048 elements
+    for half in ("half.0.weight", "half.1.weight"):
+        assert by_name[half].action == ("skip" if torn else "quantize")
+        assert by_name[half].rule.startswith("rearranged into" if torn else "linear weight")
+    left = {"q", "k"} if skip else set()
+    assert set(planned.left_modules) == {"lm_head"} | left | ({"out"} if torn else set())
+
+
 def fails(config, names):
     raise ImportError("no such library")
 

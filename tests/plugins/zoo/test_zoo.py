@@ -9,14 +9,19 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 
+import fourbit
+from fourbit.checkpoint.quantize import quantize_checkpoint
 from tests.support import skip_or_fail
 
 try:
     import transformers
 
+    from fourbit_transformers import FourbitConfig
     from tests.plugins.zoo import table
     from tests.plugins.zoo.checks import examine
+    from tests.plugins.zoo.entry import load, packed
     from tests.plugins.zoo.models import ZOO
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
@@ -45,3 +50,17 @@ def test_every_way_gives_the_same_model(name, tmp_path):
 def test_the_table_has_every_class():
     assert list(table.rows()) == list(ZOO)
     assert len({entry.kind for entry in ZOO.values()}) >= 100
+
+
+def test_experts_double_quantized_in_a_folder(tmp_path):
+    """Their scales have a mean of their own each, and that of their stack in memory: nearly the same model."""
+    entry, config = ZOO["Qwen3MoeForCausalLM"], fourbit.QuantConfig(double_quant=True)
+    entry.build().save_pretrained(tmp_path / "plain")
+    on_the_fly = load(entry, tmp_path / "plain", quantization_config=FourbitConfig.of(config))
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "cli", config)
+    stored, logits = load(entry, tmp_path / "cli"), entry.run(on_the_fly)
+    assert packed(stored).keys() == packed(on_the_fly).keys()
+    assert 0 < (entry.run(stored) - logits).norm() < 0.03 * logits.norm()
+    for model, name in ((on_the_fly, "saved"), (stored, "saved-too")):
+        model.save_pretrained(tmp_path / name)
+        assert torch.equal(entry.run(load(entry, tmp_path / name)), entry.run(model))

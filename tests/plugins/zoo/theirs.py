@@ -92,6 +92,6 @@ def dequantized(entry: Entry, folder: Path, model: nn.Module) -> nn.Module:
     for name, module in packed(model).items():
         weight = twin.get_parameter(name if module.kind == "experts" else f"{name}.weight")
         values = module.dequantize()
-        weight.data = values if values.shape == weight.shape else values.T
+        weight.data = values.T.contiguous() if module.transposed else values
     twin.config._is_quantized = True  # some models ask, and then compute in another order
     return twin
