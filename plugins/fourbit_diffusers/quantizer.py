@@ -35,6 +35,7 @@ class FourbitQuantizer(DiffusersQuantizer):
         self._incoming = Incoming()
         self._dtype = torch.float32
         self._model: Any = None
+        self.beside_another = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Called before and after diffusers has worked out which part of the model goes to which device."""
@@ -101,8 +102,8 @@ class FourbitQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """Yes."""
-        return True
+        """Yes; but for a model that another quantizer has layers in, too: no folder could say so."""
+        return not self.beside_another
 
     @property
     def is_trainable(self) -> bool:
@@ -118,6 +119,8 @@ class FourbitQuantizer(DiffusersQuantizer):
 
     def attach_quantized(self, model: Any, dtype: torch.dtype) -> None:
         """Make `model`, whose layers are in 4 bits already, look as if it had been loaded with this quantizer."""
+        other = getattr(model, "hf_quantizer", None)
+        self.beside_another = other is not None and not isinstance(other, FourbitQuantizer)
         model.is_quantized, model.quantization_method = True, self.quantization_config.quant_method
         self._attach(model, dtype)
         model.hf_quantizer = self

@@ -59,6 +59,10 @@ class FourbitConfig(QuantizationConfigMixin):
         """The one with the fields of a QuantConfig."""
         return cls(**config.to_dict())
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What is for whoever loads a 4-bit folder to say, and not for the folder."""
+        return {_OFFLOAD: True} if self.offload_experts else {}
+
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From the fields of the constructor, or the entry of a config.json, fourbit's or bitsandbytes'."""

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from fourbit.checkpoint.quantize import require_work
 from fourbit.config import QuantConfig
 from fourbit.functional import dequantize_4bit
-from fourbit.nn import PackedModule
+from fourbit.nn import ExpertWeights4bit, PackedModule
 from fourbit.nn.dequantize import dequantize_model
 from fourbit.nn.frozen import plain
 from fourbit.nn.packed import replacement
@@ -25,6 +25,7 @@ from fourbit.nn.quantize import plan_model
 from fourbit.nn.storage import STORAGE
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
+from fourbit_transformers.experts import use_fourbit_experts
 from fourbit_transformers.reading import Quantize, converter, converters
 from fourbit_transformers.rows import Packed
 
@@ -129,7 +130,9 @@ class FourbitQuantizer(HfQuantizer):
             replaced = weight
         new = cls.from_module(replaced, self._planned[name], name)
         self._put(owner, leaf, name, new)
-        storage = {own: tensor for own, tensor in new._parameters.items() if own in STORAGE and tensor is not None}
+        storage: dict[str, Tensor] = {n: t for n, t in new._parameters.items() if n in STORAGE and t is not None}
+        if self._stays_on_host(new, weight.device):
+            storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
         for own, tensor in storage.items():  # transformers puts them back, or on a disk
             setattr(new, own, nn.Parameter(tensor.to("meta"), requires_grad=False))
         return _named(name, new, {own: plain(tensor) for own, tensor in storage.items()})
@@ -145,9 +148,22 @@ class FourbitQuantizer(HfQuantizer):
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
         self._put(owner, leaf, name, new)
         storage = new.storage_of(*weight)
+        if self._stays_on_host(new, weight.codes.device):
+            storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
         for own in [own for own in storage if own in new._buffers]:
             setattr(new, own, storage.pop(own))
         return _named(name, new, storage)
+
+    def _stays_on_host(self, new: PackedModule, device: torch.device) -> bool:
+        """Whether it is a stack of experts to offload; from then on `.to(device)` leaves it where it is."""
+        if not (self.quantization_config.offload_experts and isinstance(new, ExpertWeights4bit)):
+            return False
+        from fourbit_transformers.expert_offload import gains, prepare
+        from fourbit_transformers.expert_stream import Streamer
+
+        if gains(device):
+            prepare(new, Streamer(device))
+        return gains(device)
 
     def dequantized(self, weight: Packed) -> Tensor:
         """A packed weight in the dtype that it was quantized from."""
@@ -254,6 +270,11 @@ def detach(model: Any) -> None:
 def finish(model: Any, config: FourbitConfig) -> None:
     """What any 4-bit model of transformers gets, however it came to be."""
     setattr(model, K_BIT, True)
+    use_fourbit_experts(model)
+    if config.offload_experts:
+        from fourbit_transformers.expert_offload import offload_experts  # which imports torch's compiler
+
+        offload_experts(model, model.device)
 
 
 def _require_files_of_ours(files: list[str]) -> None:

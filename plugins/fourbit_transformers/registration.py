@@ -32,6 +32,7 @@ def register() -> None:
         return
     auto.register_quantization_config(METHOD)(FourbitConfig)
     auto.register_quantizer(METHOD)(FourbitQuantizer)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FourbitConfig)  # type: ignore[assignment]
     config, quantizer = configs[_THEIRS], quantizers[_THEIRS]
 
     class MarkedOrTheirs(config):  # type: ignore[misc, valid-type]

@@ -16,6 +16,29 @@ def build(kind):
     return getattr(diffusers, name)(**settings).eval()
 
 
+def save_pipeline(folder):
+    """Stable Diffusion in tiny, of models of both libraries; returns the folder."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    diffusers.utils.logging.disable_progress_bar()
+    unet, vae = build("unet"), build("autoencoder")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=100, bos_token_id=98, eos_token_id=99, max_position_embeddings=16, **sizes)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config).eval(),
+        tokenizer=CLIPTokenizer(),
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def run(model):
     """Its output for the same random input, in the model's dtype."""

@@ -26,41 +26,13 @@ COMPONENTS = ("unet", "vae", "text_encoder")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Stable Diffusion in tiny, of models of both libraries."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    diffusers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(vocab_size=100, bos_token_id=98, eos_token_id=99, max_position_embeddings=16, **sizes)
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(32, 64),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=8,
-            sample_size=16,
-        ),
-        text_encoder=text_encoder.eval(),
-        tokenizer=None,
-        unet=tiny.build("unet"),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(folder)
-    return folder
+    return tiny.save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def load(folder, **options):
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, tokenizer=None, **options)
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -72,7 +72,9 @@ def test_four_ways(kind, tmp_path):
 
     cls, src = folder_of(kind, tmp_path)
     config = fourbit.QuantConfig("fp4", double_quant=True)
-    on_the_fly = cls.from_pretrained(src, quantization_config=FourbitConfig("fp4", double_quant=True))
+    asked = FourbitConfig("fp4", double_quant=True)
+    on_the_fly, info = cls.from_pretrained(src, quantization_config=asked, output_loading_info=True)
+    assert not any(info.values())  # nothing missing, nothing unexpected
     in_memory = fourbit.quantize_model(cls.from_pretrained(src), config)
     quantize_checkpoint(src, tmp_path / "command", config)
     by_command = cls.from_pretrained(tmp_path / "command")
@@ -85,7 +87,8 @@ def test_four_ways(kind, tmp_path):
     assert not torch.equal(output(plain), outputs[0])
     for number, model in enumerate((on_the_fly, in_memory, by_command)):
         model.save_pretrained(tmp_path / f"saved{number}")
-        loaded = cls.from_pretrained(tmp_path / f"saved{number}")
+        loaded, info = cls.from_pretrained(tmp_path / f"saved{number}", output_loading_info=True)
+        assert not any(info.values())
         assert_same(loaded, on_the_fly)
         assert torch.equal(output(loaded), outputs[number]) and torch.equal(outputs[number], outputs[0])
 
@@ -333,6 +336,17 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
             FourbitConfig(**bad)
     with pytest.raises(TypeError, match="'blcksize'"):
         FourbitConfig(blcksize=64)
+
+
+def test_beside_another_quantizer(tmp_path):
+    """4-bit layers of fourbit's in a model that another one quantized: there is no folder for that."""
+    cls, src = folder_of("unet", tmp_path)
+    model = cls.from_pretrained(src)
+    model.hf_quantizer = object()
+    fourbit.quantize_model(model)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_single_file(tmp_path):

@@ -74,15 +74,16 @@ def combined(source: Compound, plans: Mapping[str, QuantPlan]) -> QuantPlan:
     if list(plans) == [""]:
         return plans[""]
     prefixes = {folder: source.members[folder].prefix for folder in plans}
-    tensors = tuple(
-        replace(t, name=prefixes[folder] + t.name, module=prefixes[folder] + t.module)
-        for folder, each in plans.items()
-        for t in each.tensors
-    )
+    tensors = tuple(_below(prefixes[folder], t) for folder, each in plans.items() for t in each.tensors)
     described = "; ".join(f"{folder or '.'}: {each.described_by}" for folder, each in plans.items() if each.quantized)
     modules = tuple(prefixes[folder] + name for folder, each in plans.items() for name in each.left_modules)
     first = next(iter(plans.values()))
     return replace(first, tensors=tensors, source=str(source.path), described_by=described, left_modules=modules)
+
+
+def _below(prefix: str, tensor: PlannedTensor) -> PlannedTensor:
+    modules = tuple(prefix + module for module in tensor.modules)
+    return replace(tensor, name=prefix + tensor.name, module=prefix + tensor.module, modules=modules)
 
 
 def _as_it_is(
