@@ -245,19 +245,9 @@ def show(cases: dict[str, Case], largest: int, judged: list[Verdict], on_gpu: bo
     print(" " * 30 + "".join(f"{name:>{width}}" for name, width in columns.items()), end="")
     print(f"{'on device':>11}" if on_gpu else "")
     for case in cases.values():
-        times = (
-            ""
-            if case.name == EMPTY
-            else "".join(
-                f"{value:>{width}.2f}"
-                for value, width in (
-                    (median(case.seconds), 9),
-                    (min(case.seconds), 8),
-                    (max(case.seconds), 8),
-                    (median(case.cpu), 8),
-                )
-            )
-        )
+        seconds, times = case.seconds, ""
+        if case.name != EMPTY:
+            times = f"{median(seconds):9.2f}{min(seconds):8.2f}{max(seconds):8.2f}{median(case.cpu):8.2f}"
         peak = median(case.peaks)
         row = f"{case.name:30}{times:33}{case.nbytes / 1e6:>10,.1f}{peak / 1e6:>10,.1f}{(peak - empty) / 1e6:>12,.1f}"
         row += f"{median(case.resident) / 1e6:>9,.0f}"
