@@ -13,8 +13,8 @@ from tests.support import installed, skip_or_fail
 if not installed("transformers"):
     skip_or_fail("transformers is not installed")
 
-from fourbit_transformers import load
 from fourbit_demo import evaluate
+from fourbit_transformers import load
 
 
 @pytest.fixture
