@@ -75,3 +75,39 @@ def folder_of(model: torch.nn.Module, folder: Path, config: dict[str, object] | 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by its relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+COMPONENTS = {"transformer": "FluxTransformer2DModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
+"""The components of `write_pipeline` that have weights, and their classes."""
+
+
+def write_pipeline(folder: Path, layers: int = 4) -> Path:
+    """A pipeline of diffusers: a denoiser in two files, a text encoder, a vae, a tokenizer and a scheduler."""
+    listed: dict[str, object] = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1", "force_zeros": True}
+    g = torch.Generator().manual_seed(0)
+    for name, kind in COMPONENTS.items():
+        library = "transformers" if name == "text_encoder" else "diffusers"
+        listed[name] = [library, kind]
+        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+        blocks = {f"blocks.{i}.to_q.weight": torch.randn(48, 64, generator=g).half() for i in range(layers)}
+        tensors = {**blocks, "norm.weight": torch.randn(64, generator=g).half(), "steps": torch.arange(3)}
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps({"_name": name}))
+        if name != "transformer":
+            save_file(tensors, folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+            continue
+        weight_map = {}
+        for i in range(2):
+            file = f"{stem}-{i + 1:05d}-of-00002.safetensors"
+            part = {key: tensor for j, (key, tensor) in enumerate(tensors.items()) if j % 2 == i}
+            save_file(part, folder / name / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        index = json.dumps({"metadata": {}, "weight_map": weight_map})
+        (folder / name / f"{stem}.safetensors.index.json").write_text(index)
+    for name, file in (("tokenizer", "vocab.json"), ("scheduler", "scheduler_config.json")):
+        listed[name] = ["transformers" if name == "tokenizer" else "diffusers", "Any"]
+        (folder / name).mkdir()
+        (folder / name / file).write_text("{}")
+    listed["image_encoder"] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(listed))
+    return folder

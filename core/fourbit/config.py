@@ -12,7 +12,6 @@ import torch
 from fourbit import checks, codebooks
 from fourbit.state import DTYPES, dtype_name
 
-
 MARK = "fourbit"
 """Key in the `quantization_config` of a config.json that fourbit wrote."""
 

@@ -15,8 +15,8 @@ The hooks that register are historic: they run once for each plugin, when fourbi
 the program calls `fourbit.plugins.manager().register(plugin)`; never per op.
 
 A plugin that knows the models of a library is named by an entry point of the group `fourbit.models` instead, and
-implements `fourbit_describe_model`, `fourbit_model_quantized` and `fourbit_model_dequantized`. It is imported when a model folder is planned or a
-model quantized, so it should import its library only once it is asked about a model of it.
+implements `fourbit_describe_model`, `fourbit_model_quantized` and `fourbit_model_dequantized`. It is imported when a
+model folder is planned or a model quantized, so it should import its library only once it is asked about a model of it.
 """
 
 from __future__ import annotations

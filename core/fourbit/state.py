@@ -184,7 +184,7 @@ class QuantState:
             found = ", ".join(sorted(prefix + name for name in meta_keys)) or "none"
             raise KeyError(f"want exactly one key {prefix}{_META_PREFIX}<quant_type>, found {found}")
         meta_key = meta_keys[0]
-        meta = _parse_meta(prefix + meta_key, entries[meta_key])
+        meta = parse_meta(prefix + meta_key, entries[meta_key])
         try:
             codebook = codebooks.get(meta["quant_type"])
         except ValueError as error:
@@ -250,7 +250,7 @@ def _expect(prefix: str, entries: Mapping[str, Tensor], name: str, dtype: torch.
     return tensor
 
 
-def _parse_meta(key: str, tensor: Tensor) -> dict[str, Any]:
+def parse_meta(key: str, tensor: Tensor) -> dict[str, Any]:
     """The JSON of the quantization state, with every field checked."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise ValueError(f"{key}: want a 1-D uint8 tensor of JSON text")

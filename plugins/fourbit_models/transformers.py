@@ -67,6 +67,7 @@ def _outermost(model: nn.Module) -> list[nn.Module]:
     found: dict[str, nn.Module] = {}
     if kind is None:
         return []
+    part: nn.Module
     for name, part in model.named_modules():
         if isinstance(part, kind) and not any(name.startswith(f"{outer}.") or not outer for outer in found):
             found[name] = part

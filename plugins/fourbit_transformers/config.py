@@ -16,7 +16,7 @@ METHOD = "fourbit"
 _OFFLOAD = "offload_experts"
 
 
-class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class FourbitConfig(QuantizationConfigMixin):
     """How `from_pretrained` is to quantize a model while it loads.
 
     Args:
@@ -46,7 +46,7 @@ class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise TypeError(f"FourbitConfig has no {next(iter(unknown))!r}")
         # a string, or no iterable, is refused by QuantConfig with the right words
         skip = skip_modules if isinstance(skip_modules, str) else tuple(skip_modules or ())
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' own are an enumeration
         self.quant = QuantConfig(quant_type, blocksize, double_quant, compute_dtype, skip)  # type: ignore[arg-type]
         self.offload_experts = bool(offload_experts)
         self.left_modules: tuple[str, ...] = ()
@@ -58,6 +58,10 @@ class FourbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def of(cls, config: QuantConfig) -> FourbitConfig:
         """The one with the fields of a QuantConfig."""
         return cls(**config.to_dict())
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What is for whoever loads a 4-bit folder to say, and not for the folder."""
+        return {_OFFLOAD: True} if self.offload_experts else {}
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

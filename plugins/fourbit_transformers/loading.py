@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ import transformers
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.config import as_compute_dtype
 from fourbit_transformers.config import FourbitConfig
+
+_lock = threading.Lock()
+"""transformers sets the default dtype of the process while it builds a model."""
 
 
 def load(
@@ -36,7 +41,8 @@ def load(
         quantization.quant = _with_compute_dtype(quantization, compute_dtype)
         config.quantization_config = {"quant_method": quantization.quant_method, **quantization.quant.to_dict()}
     more.setdefault("device_map", {"": device})
-    model, info = _class(config).from_pretrained(place, config=config, output_loading_info=True, **more)
+    with _lock:
+        model, info = _class(config).from_pretrained(place, config=config, output_loading_info=True, **more)
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -45,8 +51,6 @@ def load(
 
 
 def _with_compute_dtype(found: FourbitConfig, compute_dtype: torch.dtype | None) -> Any:
-    from dataclasses import replace
-
     return replace(found.quant, compute_dtype=compute_dtype)
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, build_glob_alternation
@@ -16,12 +17,15 @@ from transformers.quantizers.base import HfQuantizer
 from fourbit.checkpoint.quantize import require_work
 from fourbit.config import QuantConfig
 from fourbit.functional import dequantize_4bit
-from fourbit.nn import PackedModule
+from fourbit.nn import ExpertWeights4bit, PackedModule
 from fourbit.nn.dequantize import dequantize_model
+from fourbit.nn.frozen import plain
 from fourbit.nn.packed import replacement
 from fourbit.nn.quantize import plan_model
+from fourbit.nn.storage import STORAGE
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
+from fourbit_transformers.experts import use_fourbit_experts
 from fourbit_transformers.reading import Quantize, converter, converters
 from fourbit_transformers.rows import Packed
 
@@ -35,7 +39,7 @@ import bitsandbytes, and peft refuse to merge. Norms then stay in 16 bit, as for
 Places = dict[int, list[tuple[nn.Module, str]]]
 
 
-class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class FourbitQuantizer(HfQuantizer):
     """transformers' door to fourbit. `from_pretrained` makes one; `attach` gives one to a model quantized in memory.
 
     While a model loads, its modules are ordinary ones on the meta device. As each weight arrives, in 16 bit to be
@@ -80,7 +84,11 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether a parameter of the model is planned to be 4-bit."""
         return param_name in self._planned
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if self.pre_quantized:
+            _require_files_of_ours(checkpoint_files or [])
         planned = plan_model(model, self.quantization_config.quant)
         if not self.pre_quantized:
             require_work(planned)
@@ -114,7 +122,7 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
     # ---- weights as they arrive -------------------------------------------------------------------------
 
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Put a 4-bit module in the place of the parameter `name`; returns its storage's tensors by full name."""
+        """Put a 4-bit module in the place of the parameter `name`; returns its storage's parameters by full name."""
         owner, leaf, cls, replaced = _place(model, name)
         if isinstance(replaced, nn.Module):
             replaced._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
@@ -122,7 +130,12 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
             replaced = weight
         new = cls.from_module(replaced, self._planned[name], name)
         self._put(owner, leaf, name, new)
-        return _named(name, new, {n: t for n, t in (*new._parameters.items(), *new._buffers.items()) if t is not None})
+        storage: dict[str, Tensor] = {n: t for n, t in new._parameters.items() if n in STORAGE and t is not None}
+        if self._stays_on_host(new, weight.device):
+            storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
+        for own, tensor in storage.items():  # transformers puts them back, or on a disk
+            setattr(new, own, nn.Parameter(tensor.to("meta"), requires_grad=False))
+        return _named(name, new, {own: plain(tensor) for own, tensor in storage.items()})
 
     def unpacked(self, model: nn.Module, name: str, weight: Packed) -> dict[str, Tensor]:
         """The same for a weight that is packed already."""
@@ -134,7 +147,23 @@ class FourbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if new.weight_shape != state.shape:
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
         self._put(owner, leaf, name, new)
-        return _named(name, new, new.storage_of(*weight))
+        storage = new.storage_of(*weight)
+        if self._stays_on_host(new, weight.codes.device):
+            storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
+        for own in [own for own in storage if own in new._buffers]:
+            setattr(new, own, storage.pop(own))
+        return _named(name, new, storage)
+
+    def _stays_on_host(self, new: PackedModule, device: torch.device) -> bool:
+        """Whether it is a stack of experts to offload; from then on `.to(device)` leaves it where it is."""
+        if not (self.quantization_config.offload_experts and isinstance(new, ExpertWeights4bit)):
+            return False
+        from fourbit_transformers.expert_offload import gains, prepare
+        from fourbit_transformers.expert_stream import Streamer
+
+        if gains(device):
+            prepare(new, Streamer(device))
+        return gains(device)
 
     def dequantized(self, weight: Packed) -> Tensor:
         """A packed weight in the dtype that it was quantized from."""
@@ -230,7 +259,7 @@ def detach(model: Any) -> None:
     """`attach`'s counterpart, and that of loading: the model is in 16 bit, and transformers is to know it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, FourbitQuantizer):
-        quantizer.remove_quantization_config(model)
+        quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         model._weight_conversions = quantizer._conversions
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -241,6 +270,29 @@ def detach(model: Any) -> None:
 def finish(model: Any, config: FourbitConfig) -> None:
     """What any 4-bit model of transformers gets, however it came to be."""
     setattr(model, K_BIT, True)
+    use_fourbit_experts(model)
+    if config.offload_experts:
+        from fourbit_transformers.expert_offload import offload_experts  # which imports torch's compiler
+
+        offload_experts(model, model.device)
+
+
+def _require_files_of_ours(files: list[str]) -> None:
+    """Raise ValueError for what `save_pretrained` writes of a model of which only a part was quantized in memory.
+
+    The outer model knows of no quantizer then, and its files have the modules' own storage.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            name = next((name for name in opened.keys() if name.endswith(".qweight")), None)  # noqa: SIM118
+        if name is not None:
+            raise ValueError(
+                f"{file} has {name!r}, a 4-bit module's own storage: it was written by save_pretrained of a model of"
+                " which a part alone had been quantized in memory. Quantize the whole, quantize_model(model), with"
+                " skip_modules for what is to stay, and save it again"
+            )
 
 
 def _once(items: Iterable[Any]) -> list[Any]:

@@ -44,7 +44,7 @@ class Quantizer(Protocol):
     def as_wanted(self, model: nn.Module, name: str, tensor: Tensor) -> Tensor: ...
 
 
-class _Shared(ConversionOps):  # type: ignore[misc]
+class _Shared(ConversionOps):
     """transformers copies converters deeply, once for each tensor; the quantizer and its model stay the same."""
 
     supports_many_to_many = True
@@ -60,7 +60,9 @@ class Quantize(_Shared):
     """A 16-bit weight, as it arrives on its device, becomes a 4-bit module."""
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any) -> Any:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any
+    ) -> Any:
         """`input_dict`: tensors of the model, by name; the planned ones are quantized."""
         found: dict[str, Tensor] = {}
         for name in list(input_dict):
@@ -260,5 +262,5 @@ def _kinds(text: bytes) -> Iterator[str]:
 
 
 def _is_packed(tensor: Tensor, state: QuantState) -> bool:
-    """Whether a tensor is the codes of `state`; beside packed weights there may be others of the same shape in 16 bit."""
+    """Whether a tensor is the codes of `state`; beside packed weights there may be like ones in 16 bit."""
     return tensor.nbytes == (prod(state.shape) + 1) // 2 and tensor.shape != state.shape

@@ -12,7 +12,6 @@ from typing import Any
 from transformers.quantizers import auto
 
 from fourbit.config import MARK
-from fourbit.nn.view import WeightView
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.quantizer import FourbitQuantizer
 
@@ -27,11 +26,13 @@ class _Take:
 
 def register() -> None:
     """Register with transformers; does nothing the second time."""
-    configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
+    configs: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     if METHOD in configs:
         return
     auto.register_quantization_config(METHOD)(FourbitConfig)
     auto.register_quantizer(METHOD)(FourbitQuantizer)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FourbitConfig)  # type: ignore[assignment]
     config, quantizer = configs[_THEIRS], quantizers[_THEIRS]
 
     class MarkedOrTheirs(config):  # type: ignore[misc, valid-type]
@@ -51,17 +52,15 @@ def register() -> None:
             return quantizer(quantization_config, **arguments)
 
     configs[_THEIRS], quantizers[_THEIRS] = MarkedOrTheirs, OursOrTheirs
-    # Some models initialize the weights of their children, after loading too, and a view would requantize what it is
-    # given: all 4-bit weights are initialized, as those are that transformers has loaded.
-    WeightView._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def take_over_bitsandbytes(enabled: bool = True) -> None:
     """Have fourbit serve all that asks transformers for bitsandbytes in 4 bits, in this process, from now on.
 
     Folders that bitsandbytes wrote (NF4, FP4, double-quantized, any quant_storage) open with fourbit's modules, and
-    `quantization_config=BitsAndBytesConfig(load_in_4bit=True, …)` quantizes with fourbit. bitsandbytes need not be
-    installed. Models that are loaded already stay what they are; `enabled=False` gives it back.
+    `quantization_config=BitsAndBytesConfig(load_in_4bit=True, …)` quantizes with fourbit. Reading folders needs no
+    bitsandbytes (transformers wants it where a BitsAndBytesConfig is made). Models that are loaded already stay what
+    they are; `enabled=False` gives it back.
     """
     register()
     _Take.over = enabled

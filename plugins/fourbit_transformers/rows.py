@@ -2,7 +2,8 @@
 
 transformers stacks, splits, fuses and permutes tensors between a folder and a model, by operations on their
 dimensions. A packed weight goes through them as a stand-in: a tensor of its shape but for the last dimension, which
-is 1, that holds a number for each row. What comes out says which rows the result is made of.
+is 2 (older versions drop dimensions of 1), that holds a number for each row, and the next. What comes out says which
+rows the result is made of.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ class Rows:
         self._firsts: list[int] = [0]
 
     def stand_in(self, weight: Packed) -> Tensor:
-        """An int64 tensor [*shape[:-1], 1], on the CPU, in the place of a weight."""
+        """An int64 tensor [*shape[:-1], 2], on the CPU, in the place of a weight."""
         shape = weight.state.shape
         count = prod(shape[:-1])
         numbers = torch.arange(self._firsts[-1], self._firsts[-1] + count) * _STEP + _TAG
         self._weights.append(weight)
         self._firsts.append(self._firsts[-1] + count)
-        return numbers.view(*shape[:-1], 1)
+        return torch.stack((numbers, numbers + 1), -1).view(*shape[:-1], 2)
 
     @staticmethod
     def is_stand_in(tensor: Tensor) -> bool:
@@ -71,13 +72,13 @@ class Rows:
         """Which weights, in the order of `stand_in`, had part in what came out."""
         rows = ((tensor.reshape(-1) - _TAG) // _STEP).clamp(0, self._firsts[-1] - 1)
         firsts = torch.tensor(self._firsts)
-        return {int(i) for i in (torch.searchsorted(firsts, rows, right=True) - 1).unique()}
+        return {int(i) for i in torch.unique(torch.searchsorted(firsts, rows, right=True) - 1)}
 
     def weight(self, tensor: Tensor) -> Packed | None:
         """The packed weight that came out; None if it is not made of whole blocks of like weights, in whole rows."""
-        if tensor.dim() < 2 or tensor.shape[-1] != 1:
+        if tensor.dim() < 2 or tensor.shape[-1] != 2 or not torch.equal(tensor[..., 0] + 1, tensor[..., 1]):
             return None
-        numbers = tensor.reshape(-1) - _TAG
+        numbers = tensor[..., 0].reshape(-1) - _TAG
         rows = numbers // _STEP
         if bool((numbers % _STEP != 0).any()) or not 0 <= int(rows.min()) <= int(rows.max()) < self._firsts[-1]:
             return None

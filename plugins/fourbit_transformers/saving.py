@@ -118,7 +118,7 @@ def _at_hand(module: nn.Module) -> Any:
     if not _is_offloaded(module) or not hasattr(module, "_hf_hook"):
         yield
         return
-    from accelerate.utils import align_module_device
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
     with align_module_device(module, torch.device("cpu")):
         yield

@@ -55,6 +55,7 @@ SHARED = {
     "fourbit_rocm": {"fourbit_gpu"},
     "fourbit_models": {"fourbit_transformers", "fourbit_diffusers"},
     "fourbit_demo": {"fourbit_transformers"},
+    "fourbit_transformers": {"fourbit_demo"},  # an example trains its model
 }
 """And what a package may import besides."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -152,6 +153,28 @@ def test_a_folder_of_bitsandbytes_is_one_of_ours(folders, tmp_path, double_quant
     torch.testing.assert_close(outputs(back), outputs(theirs), rtol=1e-4, atol=1e-4)
     compared = compare_checkpoints(folder, tmp_path / "theirs")
     assert not compared.errors and all(t.identical or t.sqnr_db > 15 for t in compared.tensors)
+
+
+def test_as_the_hub_has_it(folders, tmp_path):
+    """Without the base model's prefix, and with the masks that old versions saved."""
+    from safetensors.torch import load_file, save_file
+
+    model, folder = folders("gpt2")
+    shutil.copytree(folder, tmp_path / "hub")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(tensors, tmp_path / "hub" / "model.safetensors", metadata={"format": "pt"})
+    planned = quantize_checkpoint(tmp_path / "hub", tmp_path / "small", CONFIG).plan
+    names = {t.name for t in planned.quantized}
+    assert names == {f"h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    want = outputs(fourbit.quantize_model(load(type(model), folder), CONFIG))
+    assert torch.equal(outputs(load(type(model), tmp_path / "small")), want)
+    dequantize_checkpoint(tmp_path / "small", tmp_path / "back")
+    torch.testing.assert_close(outputs(load(type(model), tmp_path / "back")), want, rtol=1e-4, atol=1e-4)
+    bitsandbytes()
+    theirs = load(type(model), tmp_path / "small", config=for_bitsandbytes(tmp_path / "small"))
+    torch.testing.assert_close(outputs(theirs), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ("LoRA", "DoRA", "IA3"))

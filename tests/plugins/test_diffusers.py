@@ -30,8 +30,8 @@ def test_there_and_back(tmp_path, variant, size):
     model = DiTTransformer2DModel(in_channels=4, num_embeds_ada_norm=8, **sizes)
     model.save_pretrained(tmp_path / "src", variant=variant, max_shard_size=size)
     shard = 50_000 if size == "50KB" else 10**9
-    packed = quantize_checkpoint(tmp_path / "src", tmp_path / "4", max_shard_bytes=shard)
-    back = dequantize_checkpoint(tmp_path / "4", tmp_path / "16", max_shard_bytes=shard)
+    packed = quantize_checkpoint(tmp_path / "src", tmp_path / "4", max_shard_size=shard)
+    back = dequantize_checkpoint(tmp_path / "4", tmp_path / "16", max_shard_size=shard)
     assert packed.left_out == back.left_out == () and (len(back.files) > 1) == (size == "50KB")
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path / "16")
     quantized = {t.name for t in packed.plan.quantized}

@@ -39,21 +39,21 @@ def build(job: Job[R]) -> Report:
         NonFiniteError: from `convert`. What is unfinished is removed then, since no later run would do better.
     """
     request, target = job.request, job.request.target
-    beside = others.find(job.checkpoint)
-    others.require_free_names(job.checkpoint, beside)
-    fingerprint = fingerprints.of(job.checkpoint, beside, job.settings, job.shards)
+    beside = others.find(job.source)
+    others.require_free_names(job.source, beside)
+    fingerprint = fingerprints.of(job.source, beside, job.settings, job.shards)
     kept = staging.tidy(target)
     left = destination.unfinished_folder(target)
     begun = journal.read(left) if request.resume else None
     replaces = begun.replaces if begun is not None else None
     if request.resume and replaces is None and _is_finished(job, fingerprint):
-        return _report(job, beside, job.checkpoint.nbytes, kept)
+        return _report(job, beside, job.source.nbytes, kept)
     if left.is_dir() and not (request.overwrite or request.resume):
         raise CheckpointError(
             f"an unfinished run of {target} is there ({left}): --resume continues it, --overwrite starts afresh"
         )
-    files = others.every_file(job.checkpoint, beside)
-    replaces = destination.check(job.checkpoint.path, files, target, request.overwrite, replaces)
+    files = others.every_file(job.source, beside)
+    replaces = destination.check(job.source.path, files, target, request.overwrite, replaces)
     if begun is not None and (changes := fingerprints.differences(begun.fingerprint, fingerprint)):
         what = "; ".join(changes)
         raise CheckpointError(f"the unfinished run of {target} cannot be resumed: {what}. --overwrite starts afresh")
@@ -79,10 +79,10 @@ def build(job: Job[R]) -> Report:
 
 def _report(job: Job[R], beside: others.Others, resumed: int, kept: Path | None) -> Report:
     return Report(
-        source=job.checkpoint.path,
+        source=job.source.path,
         destination=job.request.target,
         files=tuple(shard.file for shard in job.shards),
-        bytes_before=job.checkpoint.nbytes,
+        bytes_before=job.source.nbytes,
         bytes_after=sum(item.nbytes for item in job.items),
         copied=beside.carried,
         left_out=beside.left_out,
@@ -125,8 +125,8 @@ def _fill(
         resumed = _write_weights(job, stage, book, done, todo)
     finally:
         book.close()
-    written = others.write(job.checkpoint, beside, stage.data, job.shards, job.config)
-    now = fingerprints.of_source(job.checkpoint, others.find(job.checkpoint))
+    written = others.write(job.source, beside, stage.data, job.written)
+    now = fingerprints.of_source(job.source, others.find(job.source))
     if changes := fingerprints.differences(fingerprint, {**fingerprint, "source": now}):
         what = "; ".join(changes)
         raise SourceChangedError(f"{what} while it was read; what was written is removed, please start again")
@@ -188,7 +188,7 @@ def _compare(job: Job[R], hashes: Mapping[str, Mapping[str, str]]) -> None:
     def compare(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
         name = entry[1].source
         if output.hashes_of(entry[1], tensors) != hashes.get(name):
-            raise SourceChangedError(f"the source's {job.checkpoint.info(name).file} has changed: {name!r} is another")
+            raise SourceChangedError(f"the source's {job.source.info(name).file} has changed: {name!r} is another")
 
     entries = [(shard, item) for shard in job.shards for item in shard.items if item.source in hashes]
     _pipeline(job, compare, lambda entry: None).run(entries)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.inspect import TensorFacts, list_tensors
 from fourbit.checkpoint.plan import transposed
-from fourbit.checkpoint.reader import Checkpoint
 from fourbit.functional import dequantize_4bit
 
 _PIECE = 1 << 20
@@ -146,9 +146,9 @@ def compare_checkpoints(
     CheckpointError if either is malformed, or if they have no name in common. Shapes that differ and values
     that are not finite are the error of that tensor only.
     """
-    with Checkpoint(a) as left, Checkpoint(b) as right:
+    with Compound(a) as left, Compound(b) as right:
         names_a, names_b = ({t.name: t for t in list_tensors(side)} for side in (left, right))
-        tied_a, tied_b = _tied_embedding(left, names_a), _tied_embedding(right, names_b)
+        tied_a, tied_b = _tied_embeddings(left, names_a), _tied_embeddings(right, names_b)
         pairs = {name: found for name in names_a if (found := _counterpart(name, right, names_b, tied_b)) is not None}
         used = set(pairs.values())
         # a name that only B has may be one that A keeps once for two
@@ -171,25 +171,30 @@ def compare_checkpoints(
         return Comparison(left.path, right.path, ranked, only_a, tuple(only_b), all_of_it)
 
 
-def _tied_embedding(checkpoint: Checkpoint, names: Mapping[str, TensorFacts]) -> str | None:
-    """The tensor that an output head without one of its own is tied to."""
-    found = [n for n in names if n.endswith(_EMBEDDINGS)] if checkpoint.config.get("tie_word_embeddings") else []
-    return found[0] if len(found) == 1 else None
+def _tied_embeddings(source: Compound, names: Mapping[str, TensorFacts]) -> dict[str, str]:
+    """The tensor that an output head without one of its own is tied to, by its model's prefix, longest first."""
+    tied: dict[str, str] = {}
+    members = sorted(source.members.values(), key=lambda member: len(member.prefix), reverse=True)
+    for prefix in (m.prefix for m in members if m.checkpoint.config.get("tie_word_embeddings")):
+        found = [n for n in names if n.endswith(_EMBEDDINGS) and n.startswith(prefix)]
+        if len(found) == 1:
+            tied[prefix] = found[0]
+    return tied
 
 
-def _counterpart(name: str, other: Checkpoint, names: Mapping[str, TensorFacts], tied: str | None) -> str | None:
+def _counterpart(name: str, other: Compound, names: Mapping[str, TensorFacts], tied: Mapping[str, str]) -> str | None:
     """The name under which `other` has the tensor: its own, or that of the tensor which it is tied to."""
     if name in names:
         return name
-    alias = other.metadata.get(name)  # as safetensors' save_model notes the names that it drops
+    alias = other.aliases.get(name)  # as safetensors' save_model notes the names that it drops
     if alias in names:
         return alias
-    return tied if name.endswith(_HEAD) else None
+    return next((tied[prefix] for prefix in tied if name.startswith(prefix)), None) if name.endswith(_HEAD) else None
 
 
 def _turned(
-    a: Checkpoint,
-    b: Checkpoint,
+    a: Compound,
+    b: Compound,
     names_a: Mapping[str, TensorFacts],
     names_b: Mapping[str, TensorFacts],
     pairs: Mapping[str, str],
@@ -203,7 +208,7 @@ def _turned(
 
 
 def _difference(
-    a: Checkpoint, b: Checkpoint, in_a: TensorFacts, in_b: TensorFacts, turned: bool, whole: _Sums
+    a: Compound, b: Compound, in_a: TensorFacts, in_b: TensorFacts, turned: bool, whole: _Sums
 ) -> TensorDifference:
     base = (in_a.name, in_b.name, in_a.shape, in_a.type, in_b.type, in_a.parameters)
     if in_a.shape != (in_b.shape[::-1] if turned else in_b.shape):
@@ -234,11 +239,11 @@ def _difference(
     return TensorDifference(*base, **sums.figures())
 
 
-def _flat(checkpoint: Checkpoint, tensor: TensorFacts) -> Tensor:
+def _flat(source: Compound, tensor: TensorFacts) -> Tensor:
     """A weight as one row of numbers."""
     if tensor.is_4bit:
-        return dequantize_4bit(*checkpoint.read_4bit(tensor.name)).reshape(-1)
-    return checkpoint.read(tensor.name).reshape(-1)
+        return dequantize_4bit(*source.read_4bit(tensor.name)).reshape(-1)
+    return source.read(tensor.name).reshape(-1)
 
 
 def _piece(flat: Tensor, start: int) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from fourbit.checkpoint.file_layout import Item, Shard, arrange
-from fourbit.checkpoint.reader import Checkpoint
+from fourbit.checkpoint import layouts
+from fourbit.checkpoint.compound import Compound, Member
+from fourbit.checkpoint.file_layout import Item, Shard, arrange, index, parse_size
+from fourbit.checkpoint.weight_files import CONFIG_FILE, index_file
 
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with its name, the source bytes done so far, and all source bytes."""
@@ -34,9 +36,9 @@ class Request:
             files are others than those that were read, though nothing shows in them, what is done is converted again
             and compared.
         progress: called after each tensor, in this thread.
-        max_shard_bytes: size at which the next weight file is begun.
+        max_shard_size: of weight files; see `file_layout.parse_size`.
 
-    Raises ValueError for both `overwrite` and `resume`.
+    Raises ValueError for both `overwrite` and `resume`, and for a size that is none.
     """
 
     def __init__(
@@ -46,14 +48,14 @@ class Request:
         overwrite: bool,
         resume: bool,
         progress: Progress | None,
-        max_shard_bytes: int,
+        max_shard_size: int | str | None,
     ) -> None:
         self.begun = time.perf_counter()
         if overwrite and resume:
             raise ValueError(f"{caller}: overwrite begins afresh and resume does not: want one of them")
         self.target = Path(dst).expanduser().resolve()
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
-        self.max_shard_bytes = max_shard_bytes
+        self.max_shard_bytes = parse_size(max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,46 @@ class Job(Generic[R]):
 
     Attributes:
         request: of the user.
-        checkpoint: the source.
+        source: what is read.
         items: what each of its tensors becomes, in its order.
         settings: as JSON values, all that determines the output beside the source.
-        config: the new config.json; None: there is none.
+        configs: each model's new config.json, by its folder, where it is another one; None: it has none then.
         read: what an item is made of; in a thread of its own.
         convert: an item's tensors by name, on the CPU, from that.
     """
 
     request: Request
-    checkpoint: Checkpoint
+    source: Compound
     items: Sequence[Item]
     settings: dict[str, Any]
-    config: dict[str, Any] | None
+    configs: Mapping[str, dict[str, Any] | None]
     read: Callable[[Item], R]
     convert: Callable[[Item, R], Mapping[str, Tensor]]
 
     @cached_property
     def shards(self) -> list[Shard]:
         """The new weight files."""
-        metadata = {**self.checkpoint.metadata, "format": "pt"}
-        return arrange(self.items, metadata, self.request.max_shard_bytes, self.checkpoint.stem)
+        return [shard for member in self.source.members.values() for shard in self._shards_of(member)]
+
+    def _shards_of(self, member: Member) -> list[Shard]:
+        checkpoint, most = member.checkpoint, self.request.max_shard_bytes
+        if self.source.layout.kind == layouts.SENTENCES and member.part.left:
+            most = max(most, checkpoint.nbytes)  # its modules read one file
+        mine = set(self.source.of_member(member))
+        items = [item for item in self.items if item.source in mine]
+        return arrange(items, {**checkpoint.metadata, "format": "pt"}, most, checkpoint.stem, member.prefix)
+
+    @cached_property
+    def written(self) -> dict[str, Mapping[str, Any] | None]:
+        """The new indexes, and each config.json that is another one, by relative name; None for what goes."""
+        found: dict[str, Mapping[str, Any] | None] = {}
+        for folder, member in self.source.members.items():
+            shards = [shard for shard in self.shards if shard.prefix == member.prefix]
+            if len(shards) > 1:
+                found[member.prefix + index_file(member.checkpoint.stem)] = index(shards)
+            if folder in self.configs:
+                found[member.prefix + CONFIG_FILE] = self.configs[folder]
+        return found
 
     @property
     def budget(self) -> int:
@@ -91,8 +112,8 @@ class Job(Generic[R]):
 
     def source_bytes(self, item: Item) -> int:
         """Bytes that an item's reading takes: those of the tensor and, if it is in 4 bits, of its state."""
-        parts = (item.source, *self.checkpoint.quantized().get(item.source, ()))
-        return sum(self.checkpoint.info(name).nbytes for name in parts)
+        parts = (item.source, *self.source.parts_of(item.source))
+        return sum(self.source.info(name).nbytes for name in parts)
 
 
 @dataclass(frozen=True)

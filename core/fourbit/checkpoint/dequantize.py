@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fourbit.checkpoint.build import build
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.file_layout import MAX_SHARD_BYTES, Item, Part, plain_item
+from fourbit.checkpoint.file_layout import Item, Part, plain_item
 from fourbit.checkpoint.plan import transposed
-from fourbit.checkpoint.reader import Checkpoint
 from fourbit.checkpoint.source import resolved
+from fourbit.checkpoint.tensors import Tensors
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
 from fourbit.state import QuantState, dtype_name
 
@@ -47,13 +48,13 @@ def dequantize_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_size: int | str | None = None,
 ) -> DequantizeReport:
     """Write a copy of the 4-bit model folder `src` to `dst` whose weights are plain 16- or 32-bit tensors.
 
-    `quantization_config` leaves config.json; other files are carried over. Weights of transformers' Conv1D are
-    [in, out] again (see `plan.transposed`). Reading, dequantizing and writing overlap; in memory are a few weights at a
-    time.
+    `quantization_config` leaves config.json, that of each model in 4 bits where there are several; other files are
+    carried over. Weights of transformers' Conv1D are [in, out] again (see `plan.transposed`). Reading, dequantizing and
+    writing overlap; in memory are a few weights at a time.
 
     Args:
         src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file.
@@ -61,31 +62,30 @@ def dequantize_checkpoint(
         dtype: float32, bfloat16 or float16 for the 4-bit weights; None: for each the one that was quantized.
             Other tensors keep theirs.
         device: where to dequantize.
-        overwrite, resume, progress, max_shard_bytes: as in `quantize_checkpoint`.
+        overwrite, resume, progress, max_shard_size: as in `quantize_checkpoint`.
 
     Raises:
         CheckpointError: the source is malformed or has no 4-bit weight, the destination exists or cannot
             be written, or there is an unfinished folder and neither `resume` nor `overwrite`.
         NonFiniteError: a weight dequantizes to NaN or Inf, or overflows `dtype`; nothing is left behind.
-        ValueError: both `overwrite` and `resume`.
+        ValueError: both `overwrite` and `resume`, or a `max_shard_size` that is none.
     """
-    request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_bytes)
-    with Checkpoint(resolved(src)) as checkpoint:
-        require_quantized(checkpoint)
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size)
+    with Compound(resolved(src)) as source:
+        require_quantized(source)
         where = torch.device(device)
-        turned = transposed(checkpoint) & checkpoint.quantized().keys()
+        turned = transposed(source) & source.quantized().keys()
         settings: dict[str, Any] = {"dequantize": "the stored types" if dtype is None else dtype_name(dtype)}
         job = Job(
             request,
-            checkpoint,
-            items=output_items(checkpoint, dtype, turned),
+            source,
+            items=output_items(source, dtype, turned),
             settings={**settings, "transposed": sorted(turned)} if turned else settings,
-            config=config or None,
-            read=lambda item: _read(checkpoint, item),
+            configs=_configs(source),
+            read=lambda item: _read(source, item),
             convert=lambda item, content: {item.source: _plain(item, content, item.source in turned, where)},
         )
-        report, quantized, names = build(job), checkpoint.quantized(), [item.source for item in job.items]
+        report, quantized, names = build(job), source.quantized(), [item.source for item in job.items]
     return DequantizeReport(
         **vars(report),
         dequantized=tuple(name for name in names if name in quantized),
@@ -93,29 +93,40 @@ def dequantize_checkpoint(
     )
 
 
-def require_quantized(checkpoint: Checkpoint) -> None:
+def require_quantized(source: Compound) -> None:
     """Raise CheckpointError if the source has no 4-bit weight in a layout that is read here."""
-    if checkpoint.quantized():
+    if source.quantized():
         return
-    method = checkpoint.quantization_config().get("quant_method")
+    methods = (m.checkpoint.quantization_config().get("quant_method") for m in source.members.values())
+    method = next(filter(None, methods), None)
     said = f"; its config.json says {method}" if method else ""
-    raise CheckpointError(f"{checkpoint.path} has no 4-bit weight in the bitsandbytes layout{said}")
+    raise CheckpointError(f"{source.path} has no 4-bit weight in the bitsandbytes layout{said}")
 
 
-def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None, turned: Collection[str] = ()) -> list[Item]:
+def _configs(source: Compound) -> dict[str, dict[str, Any] | None]:
+    """The config.json of each model in 4 bits, without what says so; None where it says nothing else."""
+    found = {}
+    for folder, member in source.members.items():
+        if member.checkpoint.quantized():
+            config = member.checkpoint.config.items()
+            found[folder] = {key: value for key, value in config if key != "quantization_config"} or None
+    return found
+
+
+def output_items(source: Tensors, dtype: torch.dtype | None = None, turned: Collection[str] = ()) -> list[Item]:
     """What each weight of the source becomes, in the source's order; only headers and states are read.
 
     `turned` are the names of 4-bit weights whose layers hold the transposed one.
     """
-    companions = checkpoint.companions()
+    companions = source.companions()
     items = []
-    for name, info in checkpoint.entries.items():
+    for name, info in source.entries.items():
         if name in companions:
             continue
-        if name not in checkpoint.quantized():
+        if name not in source.quantized():
             items.append(plain_item(info))
             continue
-        state = checkpoint.state(name)
+        state = source.state(name)
         kind = dtype or state.dtype
         shape = tuple(state.shape)
         part = Part(name, kind, shape[::-1] if name in turned else shape, state.numel * kind.itemsize)
@@ -126,10 +137,10 @@ def output_items(checkpoint: Checkpoint, dtype: torch.dtype | None = None, turne
 Content = Tensor | tuple[Tensor, QuantState]
 
 
-def _read(checkpoint: Checkpoint, item: Item) -> Content:
-    if item.source in checkpoint.quantized():
-        return checkpoint.read_4bit(item.source)
-    return checkpoint.read(item.source)
+def _read(source: Tensors, item: Item) -> Content:
+    if item.source in source.quantized():
+        return source.read_4bit(item.source)
+    return source.read(item.source)
 
 
 def _plain(item: Item, content: Content, turned: bool, device: torch.device) -> Tensor:

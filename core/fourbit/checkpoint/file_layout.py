@@ -7,13 +7,15 @@ and the tensors after it one at a time, and the same plan gives the same bytes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fourbit import codebooks
 from fourbit.checkpoint import weight_files
+from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import DTYPE_NAMES, META_MARK, TensorInfo
 from fourbit.scales import NESTED_BLOCKSIZE
 from fourbit.state import QuantState
@@ -22,7 +24,12 @@ ALIGN = 8
 """Every tensor starts at a multiple of its item size; headers and 4-bit weights end at multiples of 8."""
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""Size at which the next file is begun, as in transformers."""
+"""Size at which the next file is begun where nobody says another, as in transformers."""
+
+MOST_SHARDS = 99_999
+"""Files that their names, with five digits, can number."""
+
+_SIZE = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*([KMGT])(I?)B\s*", re.IGNORECASE)
 
 _OFFSET_CHARS = 24
 """The longest that a float32 gets in JSON, "-1.1754943508222875e-38", and one."""
@@ -40,7 +47,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Item:
-    """What one source tensor becomes: itself, or a packed weight with the parts of its state."""
+    """What one source tensor becomes: itself, or a packed weight with the parts of its state.
+
+    Attributes:
+        source: its name.
+        quantize: whether that is to be done.
+        parts: tensors as stored; several for a 4-bit weight.
+    """
 
     source: str
     quantize: bool
@@ -54,16 +67,53 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, its header (with the length in front) and its items in the order of the data."""
+    """One output file: its name, its header (with the length in front) and its items in the order of the data.
+
+    Attributes:
+        prefix: what `file`, and the names of all parts, begin with, and the names in the file itself do not: the
+            folder of a model that is one of several.
+    """
 
     file: str
     header: bytes
     items: tuple[Item, ...]
+    prefix: str = ""
+
+
+def parse_size(size: int | str | None) -> int:
+    """Bytes that a weight file may have.
+
+    Args:
+        size: "5GB", "500MB" (powers of ten), "2GiB" (of two), or a number of bytes; None: 5 GB.
+
+    Raises ValueError for anything else, such as a number without a unit in a string.
+    """
+    if size is None:
+        return MAX_SHARD_BYTES
+    nbytes = 0
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        if match is not None:
+            base, power = 1024 if match[3] else 1000, "KMGT".index(match[2].upper()) + 1
+            nbytes = int(float(match[1]) * base**power)
+    elif type(size) is int:
+        nbytes = size
+    if nbytes < 1:
+        raise ValueError(f"max_shard_size {size!r} is no size; want for example '5GB', '500MB' or '2GiB'")
+    return nbytes
 
 
 def plain_item(info: TensorInfo) -> Item:
     """A tensor that is copied as it is."""
     return Item(info.name, False, (Part(info.name, info.dtype, info.shape, info.nbytes),))
+
+
+def packed_item(weight: TensorInfo, state: Iterable[TensorInfo]) -> Item:
+    """A 4-bit weight that is copied as it is, with the tensors of its state."""
+    found = sorted((weight, *state), key=lambda info: (META_MARK in info.name, -info.dtype.itemsize))
+    parts = [Part(info.name, info.dtype, info.shape, info.nbytes) for info in found]
+    size = parts[-1].nbytes + -sum(part.nbytes for part in parts) % ALIGN
+    return Item(weight.name, False, (*parts[:-1], replace(parts[-1], shape=(size,), nbytes=size)))
 
 
 def quantized_item(
@@ -107,10 +157,13 @@ def _shapes_only(
     return QuantState(absmax, shape, codebook.tensor(), blocksize, codebook.name, dtype, **nested)
 
 
-def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes: int, stem: str) -> list[Shard]:
+def arrange(
+    items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes: int, stem: str, prefix: str = ""
+) -> list[Shard]:
     """Divide items, in their order, among files of at most `max_shard_bytes` (more only for one larger item).
 
-    Their names begin with `stem`, such as "model".
+    Their names begin with `prefix`, as those of the items do, and `stem`, such as "model". Raises CheckpointError if
+    that makes more files than can be numbered.
     """
     groups: list[list[Item]] = [[]]
     size = 0
@@ -120,20 +173,23 @@ def arrange(items: Iterable[Item], metadata: Mapping[str, str], max_shard_bytes:
             size = 0
         groups[-1].append(item)
         size += item.nbytes
-    if len(groups) == 1:
-        return [_shard(weight_files.single_file(stem), groups[0], metadata)]
     count = len(groups)
-    return [_shard(weight_files.shard_file(stem, i, count), group, metadata) for i, group in enumerate(groups, 1)]
+    if count == 1:
+        return [_shard(weight_files.single_file(stem), groups[0], metadata, prefix)]
+    if count > MOST_SHARDS:
+        raise CheckpointError(f"files of {max_shard_bytes:,} bytes would be {count}, more than {MOST_SHARDS}")
+    names = [weight_files.shard_file(stem, i, count) for i in range(1, count + 1)]
+    return [_shard(name, group, metadata, prefix) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, items: list[Item], metadata: Mapping[str, str]) -> Shard:
+def _shard(name: str, items: list[Item], metadata: Mapping[str, str], prefix: str) -> Shard:
     # 4-bit weights end at multiples of 8, and of the rest the wide types come first: all are aligned then
-    ordered = sorted(items, key=lambda item: 0 if item.quantize else 16 - item.parts[0].dtype.itemsize)
+    ordered = sorted(items, key=lambda item: 0 if len(item.parts) > 1 else 16 - item.parts[0].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for part in (part for item in ordered for part in item.parts):
         end = offset + part.nbytes
-        header[part.name] = {
+        header[part.name.removeprefix(prefix)] = {
             "dtype": DTYPE_NAMES[part.dtype],
             "shape": list(part.shape),
             "data_offsets": [offset, end],
@@ -141,11 +197,16 @@ def _shard(file: str, items: list[Item], metadata: Mapping[str, str]) -> Shard:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGN)
-    return Shard(file, len(text).to_bytes(8, "little") + text, tuple(ordered))
+    return Shard(prefix + name, len(text).to_bytes(8, "little") + text, tuple(ordered), prefix)
 
 
 def index(shards: Iterable[Shard]) -> dict[str, object]:
-    """The content of the index, such as model.safetensors.index.json."""
-    weight_map = {part.name: shard.file for shard in shards for item in shard.items for part in item.parts}
+    """The content of one model's index, such as model.safetensors.index.json."""
+    weight_map = {
+        part.name.removeprefix(shard.prefix): shard.file.removeprefix(shard.prefix)
+        for shard in shards
+        for item in shard.items
+        for part in item.parts
+    }
     total = sum(item.nbytes for shard in shards for item in shard.items)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -9,39 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.checkpoint import others, untrusted
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.disk import hash_of
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import Shard
-from fourbit.checkpoint.reader import Checkpoint
-from fourbit.checkpoint.weight_files import CONFIG_FILE
 from fourbit.version import __version__
 
 
-def of(
-    checkpoint: Checkpoint, beside: others.Others, settings: dict[str, Any], shards: Iterable[Shard]
-) -> dict[str, Any]:
+def of(source: Compound, beside: others.Others, settings: dict[str, Any], shards: Iterable[Shard]) -> dict[str, Any]:
     """The fingerprint of a run: `settings` as JSON values, fourbit's version, the output's headers, the source."""
     headers = hashlib.sha256(b"".join(shard.file.encode() + shard.header for shard in shards)).hexdigest()
-    return {"fourbit": __version__, "settings": settings, "headers": headers, "source": of_source(checkpoint, beside)}
+    return {"fourbit": __version__, "settings": settings, "headers": headers, "source": of_source(source, beside)}
 
 
-def of_source(checkpoint: Checkpoint, beside: others.Others) -> dict[str, Any]:
+def of_source(source: Compound, beside: others.Others) -> dict[str, Any]:
     """What each file that is read is: of weights size, header, inode and times, of all others size and SHA-256.
 
     Raises CheckpointError if a file cannot be read (any more).
     """
-    return {name: _of_file(file, name) for name, file in sorted(_files(checkpoint, beside).items())}
+    return {name: _of_file(file, name) for name, file in sorted(_files(source, beside).items())}
 
 
-def _files(checkpoint: Checkpoint, beside: others.Others) -> dict[str, Path]:
+def _files(source: Compound, beside: others.Others) -> dict[str, Path]:
     """Every file of the source that is read, by name relative to the folder."""
-    folder = checkpoint.folder
-    names = {str(file.relative_to(checkpoint.files[0].parent)): file for file in checkpoint.files}
-    own = [CONFIG_FILE]
-    if folder == checkpoint.path:
-        own += [] if checkpoint.index is None else [checkpoint.index.name]
-        names |= {name: folder / name for name in beside.carried}
-    return names | {name: folder / name for name in own if untrusted.is_there(folder / name)}
+    names = source.files | {name: source.folder / name for name in beside.carried}
+    own = source.configs | source.indexes
+    return names | {name: path for name, path in own.items() if untrusted.is_there(path)}
 
 
 _IDENTITY = ("ctime_ns", "inode")
@@ -83,7 +76,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         what = "is new" if before is None else "is gone" if value is None else "has changed"
         found.append(f"the source's {name} {what}")
     if not found and old != new:
-        found.append("the plan is another")
+        found.append("the plan, or the size of weight files, is another")
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.checkpoint import foreign
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.reader import Checkpoint
 from fourbit.state import dtype_name
 
@@ -64,12 +65,14 @@ class Inspection:
         kind: in words: 4-bit, plain, an adapter, or quantized by another method.
         tensors: in the order of the files.
         files: names of the weight files.
+        models: the kind of each model, by its folder; "" is that of the whole folder, or the file, itself.
     """
 
     path: Path
     kind: str
     tensors: tuple[TensorFacts, ...]
     files: tuple[str, ...]
+    models: dict[str, str]
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +105,7 @@ class Inspection:
         return {
             "path": str(self.path),
             "kind": self.kind,
+            "models": self.models,
             "files": list(self.files),
             "parameters": self.parameters,
             "quantized_parameters": self.quantized_parameters,
@@ -117,30 +121,33 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
     Raises CheckpointError, naming the tensor or file, for anything malformed.
     """
-    with Checkpoint(path) as checkpoint:
-        files = tuple(file.name for file in checkpoint.files)
-        return Inspection(checkpoint.path, _kind(checkpoint), tuple(list_tensors(checkpoint)), files)
+    with Compound(path) as source:
+        kinds = {folder: _kind(member.checkpoint) for folder, member in source.members.items()}
+        kind = kinds.get("", "")
+        if list(kinds) != [""]:
+            kind = f"{source.layout.kind}; " + "; ".join(f"{folder or '.'}: {each}" for folder, each in kinds.items())
+        return Inspection(source.path, kind, tuple(list_tensors(source)), tuple(source.files), kinds)
 
 
-def list_tensors(checkpoint: Checkpoint) -> Iterator[TensorFacts]:
+def list_tensors(source: Compound) -> Iterator[TensorFacts]:
     """Every tensor, in the order of the files."""
-    companions = checkpoint.companions()
-    return (_facts(checkpoint, name) for name in checkpoint.entries if name not in companions)
+    companions = source.companions()
+    return (_facts(source, name) for name in source.entries if name not in companions)
 
 
-def _facts(checkpoint: Checkpoint, name: str) -> TensorFacts:
-    info = checkpoint.info(name)
-    parts = checkpoint.quantized().get(name)
+def _facts(source: Compound, name: str) -> TensorFacts:
+    info, file = source.info(name), source.file_name(source.info(name))
+    parts = source.quantized().get(name)
     if parts is None:
         dtype = dtype_name(info.dtype)
         return TensorFacts(
-            *(name, info.shape, dtype, None, None, dtype, info.numel, info.nbytes, 0, info.file.name),
+            *(name, info.shape, dtype, None, None, dtype, info.numel, info.nbytes, 0, file),
         )
-    state = checkpoint.state(name)
-    stored = info.nbytes + sum(checkpoint.info(part).nbytes for part in parts)
+    state = source.state(name)
+    stored = info.nbytes + sum(source.info(part).nbytes for part in parts)
     return TensorFacts(
         *(name, tuple(state.shape), state.quant_type, state.blocksize, state.double_quant),
-        *(dtype_name(state.dtype), state.numel, state.nbytes, stored - state.nbytes, info.file.name),
+        *(dtype_name(state.dtype), state.numel, state.nbytes, stored - state.nbytes, file),
     )
 
 

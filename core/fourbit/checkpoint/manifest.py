@@ -11,6 +11,7 @@ from fourbit.checkpoint import untrusted
 from fourbit.checkpoint.disk import hash_of
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import Shard
+from fourbit.checkpoint.tensors import META_MARK
 from fourbit.checkpoint.weight_files import MANIFEST_FILE
 from fourbit.state import dtype_name
 from fourbit.version import __version__
@@ -51,14 +52,14 @@ def build(
                     "sha256": hashes[item.source][part.name],
                 }
                 offset += part.nbytes
-    quantized = sum(item.quantize for shard in shards for item in shard.items)
+    quantized = len({name.partition(META_MARK)[0] for name in tensors if META_MARK in name})
     return {
         "format": FORMAT,
         "fourbit": __version__,
         "fingerprint": dict(fingerprint),
         "totals": {
             "tensors": len(tensors),
-            "quantized": quantized,
+            "quantized": quantized,  # by this run, or before it
             "bytes": sum(entry["bytes"] for entry in tensors.values()),
         },
         "files": {PurePosixPath(Path(name)).as_posix(): file_entry(folder / name) for name in others},

@@ -1,25 +1,23 @@
 """What a model folder has beside the weights that are read: what a copy carries over, and what it leaves out.
 
-A model of sentence-transformers has further modules with weights of their own in subfolders, which modules.json
-names: they belong to the model. Other weights (of other frameworks, of the original authors) are the same model again.
+What a folder of several models names belongs to it, also where its weights are in a form that is not read here. Other
+weights (of other frameworks, of the original authors) are the same model again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from fourbit.checkpoint import file_layout, untrusted, weight_files
+from fourbit.checkpoint import untrusted, weight_files
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.disk import copy_files, write_json
 from fourbit.checkpoint.errors import CheckpointError
-from fourbit.checkpoint.reader import Checkpoint
 
-MODULES_FILE = "modules.json"
 MAX_OTHER_BYTES = 1 << 32
 """A larger file that is no weight is not carried over: no tokenizer, template or licence has a tenth of it."""
 MAX_DEPTH = 16
@@ -30,9 +28,6 @@ _WEIGHT_SUFFIXES = (
     *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".pdparams", ".nemo"),
 )
 """Files that hold weights, and so are not carried over."""
-
-_MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Where a module of sentence-transformers looks for its weights, in that order."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +47,27 @@ class Others:
     nbytes: int = 0
 
 
-def find(checkpoint: Checkpoint) -> Others:
-    """The other files of a checkpoint; none for one that is a single file.
+def find(source: Compound) -> Others:
+    """The other files of a source; none for one that is a single file.
 
-    Hidden files and folders, config.json and a manifest, which describes the files beside it, are in no list. Raises
-    CheckpointError if modules.json names a folder elsewhere.
+    Hidden files and folders, each model's config.json and a manifest, which describes the files beside it, are in no
+    list. Raises CheckpointError for a config.json that is malformed, or a link out of the folder.
     """
-    folder = checkpoint.path
+    folder = source.path
     if not folder.is_dir():
         return Others()
-    ours = {file.name for file in checkpoint.files} | {weight_files.CONFIG_FILE, weight_files.MANIFEST_FILE}
-    if checkpoint.index is not None:
-        ours.add(checkpoint.index.name)
-    modules = _module_folders(folder)
+    for member in source.members.values():  # whose config.json may be carried over as it is
+        member.checkpoint.quantization_config()
+    ours = {*source.files, *source.configs, *source.indexes, weight_files.MANIFEST_FILE}
     carried: list[str] = []
     left_out: list[str] = []
     skipped: dict[str, str] = {}
     nbytes = 0
     for name, entry in _walk(folder, skipped):
-        if name in ours:
+        posix = Path(name).as_posix()
+        if posix in ours:
             continue
-        if _holds_weights(name) and not _of_module(folder, name, modules):
+        if _holds_weights(name) and not (source.layout.needs(posix) and not _is_again(folder, posix)):
             left_out.append(name)
             continue
         size, fault = _examined(folder, entry)
@@ -84,42 +79,36 @@ def find(checkpoint: Checkpoint) -> Others:
     return Others(tuple(sorted(carried)), tuple(sorted(left_out)), dict(sorted(skipped.items())), nbytes)
 
 
-def every_file(checkpoint: Checkpoint, beside: Others) -> list[Path]:
-    """All files of a checkpoint's folder but hidden ones, read or not; of a single file, what is read with it."""
+def every_file(source: Compound, beside: Others) -> list[Path]:
+    """All files of a source's folder but hidden ones, read or not; of a single file, what is read with it."""
     names = [*beside.carried, *beside.left_out, *beside.skipped]
-    index = [] if checkpoint.index is None else [checkpoint.index]
-    config = checkpoint.folder / weight_files.CONFIG_FILE
-    return [*checkpoint.files, *index, *([config] if config.exists() else []), *(checkpoint.path / n for n in names)]
+    own = [path for path in (*source.configs.values(), *source.indexes.values()) if path.exists()]
+    return [*source.files.values(), *own, *(source.path / name for name in names)]
 
 
-def require_free_names(checkpoint: Checkpoint, beside: Others) -> None:
+def require_free_names(source: Compound, beside: Others) -> None:
     """Raise CheckpointError if a file that is to be carried over has a name that cannot be had in the new folder."""
-    taken = {weight_files.CONFIG_FILE, weight_files.MANIFEST_FILE}
+    models = {Path(folder).parts for folder in source.members}
     for name in beside.carried:
         parts = Path(name).parts
-        if parts[0] in taken or parts[0].endswith((".safetensors", ".index.json")):  # a folder of that name
-            raise CheckpointError(f"{checkpoint.path / name} cannot be copied: {parts[0]!r} is a file that is written")
+        for i, part in enumerate(parts):
+            weights = part.endswith((".safetensors", ".index.json")) or part == weight_files.CONFIG_FILE
+            if (weights and parts[:i] in models) or (
+                not i and part == weight_files.MANIFEST_FILE
+            ):  # a folder so called
+                raise CheckpointError(f"{source.path / name} cannot be copied: {part!r} is a file that is written")
         if not all(untrusted.is_plain_name(part) for part in parts):
-            raise CheckpointError(f"{checkpoint.path / name} cannot be copied: other systems have no such name")
+            raise CheckpointError(f"{source.path / name} cannot be copied: other systems have no such name")
 
 
-def write(
-    checkpoint: Checkpoint,
-    beside: Others,
-    folder: Path,
-    shards: Sequence[file_layout.Shard],
-    config: Mapping[str, Any] | None,
-) -> list[str]:
-    """Carry over files with their subfolders, and write the index and config.json. Returns the names of all these."""
-    written: dict[str, Mapping[str, Any]] = {}
-    if len(shards) > 1:
-        written[weight_files.index_file(checkpoint.stem)] = file_layout.index(shards)
-    if config is not None:
-        written[weight_files.CONFIG_FILE] = config
-    copy_files(beside.carried, checkpoint.path, folder)
-    for name, value in written.items():
+def write(source: Compound, beside: Others, folder: Path, written: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """Carry over files with their subfolders, and write JSON files, by name. Returns the names of all these."""
+    same = [name for name, path in source.configs.items() if name not in written and untrusted.is_there(path)]
+    copy_files([*beside.carried, *same], source.folder, folder)
+    new = {name: value for name, value in written.items() if value is not None}
+    for name, value in new.items():
         write_json(folder / name, value)
-    return [*beside.carried, *written]
+    return [*beside.carried, *same, *new]
 
 
 def _walk(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Path]]:
@@ -168,31 +157,6 @@ def _examined(folder: Path, path: Path) -> tuple[int, str]:
     return found.st_size, ""
 
 
-def _module_folders(folder: Path) -> frozenset[str]:
-    """The folders that modules.json of sentence-transformers names, "/" between their parts."""
-    file = folder / MODULES_FILE
-    if not file.is_file() or not untrusted.stays_inside(file, folder) or file.stat().st_size > untrusted.MAX_JSON_BYTES:
-        return frozenset()
-    try:
-        listed = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return frozenset()  # some other library's: it is carried over, whatever it is
-    found = set()
-    for module in listed if isinstance(listed, list) else ():
-        place = module.get("path") if isinstance(module, dict) and "type" in module else None
-        if not isinstance(place, str) or not place:  # the model itself is in ""
-            continue
-        parts = PurePosixPath(place).parts
-        if not all(untrusted.is_plain_name(part) for part in parts):
-            raise CheckpointError(f"{file} names the module {place!r}, which is no folder within {folder}")
-        found.add("/".join(parts))
-    return frozenset(found)
-
-
-def _of_module(folder: Path, name: str, modules: frozenset[str]) -> bool:
-    """Whether a weight file is the one that a module loads."""
-    path = PurePosixPath(Path(name).as_posix())
-    if path.name not in _MODULE_WEIGHTS or not any(str(parent) in modules for parent in path.parents):
-        return False
-    first = next((n for n in _MODULE_WEIGHTS if (folder / path.parent / n).is_file()), path.name)
-    return path.name == first
+def _is_again(folder: Path, name: str) -> bool:
+    """Whether a model's weights are there twice, and this is the form that is not loaded then."""
+    return name.endswith("pytorch_model.bin") and (folder / name).with_name("model.safetensors").is_file()

@@ -72,9 +72,13 @@ class Output:
 
     def _begin(self, shard: Shard) -> None:
         path = temporary(self._folder / shard.file)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # what was recovered ends at the end of an item
         self._stream = open(path, "ab" if self._done.get(shard.file) else "wb")  # noqa: SIM115
-        disk.sync_folder(self._folder)  # what will be noted has a name then
+        for folder in (path.parent, *path.parent.parents):  # what will be noted has a name then
+            disk.sync_folder(folder)
+            if folder == self._folder:
+                break
         self._shard = shard
         if self._stream.tell() == 0:
             self._stream.write(shard.header)
@@ -162,14 +166,19 @@ def recover(folder: Path, shards: Sequence[Shard], hashes: Mapping[str, dict[str
 def _remove_others(folder: Path, shards: Sequence[Shard]) -> None:
     """All but weight files: they are copied again, and nothing else may be left to be published."""
     files = [folder / shard.file for shard in shards]
-    keep = {path.name for file in files for path in (file, temporary(file))}
-    for path in folder.iterdir():
-        if path.name in keep:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    keep = {path for file in files for path in (file, temporary(file))}
+    around = {parent for file in files for parent in file.parents}
+    todo = [folder]
+    while todo:
+        for path in todo.pop().iterdir():
+            if path in keep:
+                continue
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            elif path in around:
+                todo.append(path)
+            else:
+                shutil.rmtree(path)
 
 
 def _intact(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> tuple[int, int]:

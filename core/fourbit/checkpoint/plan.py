@@ -6,18 +6,19 @@ A folder's tensors are those of the model that a plugin knows by its config.json
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fourbit import plugins
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.reader import Checkpoint, TensorInfo
 from fourbit.config import QuantConfig
 from fourbit.nn.quantize import plan_model
 from fourbit.nn.walk import describe_model
-from fourbit.plans import QuantPlan, known, planned
+from fourbit.plans import PlannedTensor, QuantPlan, known, planned
 from fourbit.plans.layer import Layer, is_transposed, kind_by_name, role_by_name
 
 _UNKNOWN = "its config.json names no class that a plugin knows"
@@ -27,7 +28,7 @@ _WHOLE = ("linear", "transposed", "declared")
 
 
 def plan(
-    model_or_folder: nn.Module | Checkpoint | str | os.PathLike[str],
+    model_or_folder: nn.Module | Checkpoint | Compound | str | os.PathLike[str],
     config: QuantConfig | None = None,
     *,
     device: torch.device | str | None = None,
@@ -36,9 +37,9 @@ def plan(
 
     Args:
         model_or_folder: an nn.Module (also on the meta device), or a folder of safetensors, of which only the
-            headers are read; an open Checkpoint has read them already. Where its config.json names a class that a
-            plugin knows (transformers', say), that model says what its tensors are; else their names do.
-            `described_by` of the plan tells which.
+            headers are read; an open Checkpoint or Compound has read them already. Where its config.json names a class
+            that a plugin knows (transformers', say), that model says what its tensors are; else their names do.
+            `described_by` of the plan tells which. Of a folder of several models the plan is that of all of them.
         config: default QuantConfig().
         device: where it would be quantized, for the default blocksize; None: where the model is, or the CPU.
 
@@ -47,19 +48,75 @@ def plan(
     if isinstance(model_or_folder, nn.Module):
         return plan_model(model_or_folder, config, device)
     if isinstance(model_or_folder, Checkpoint):
-        checkpoint, source = model_or_folder, str(model_or_folder.path)
-    else:
-        checkpoint, source = Checkpoint(model_or_folder), str(model_or_folder)
+        return _plan_checkpoint(model_or_folder, config, device)
+    whole = model_or_folder if isinstance(model_or_folder, Compound) else Compound(model_or_folder)
+    return combined(whole, plan_members(whole, config, device))
+
+
+def plan_members(
+    source: Compound,
+    config: QuantConfig | None,
+    device: torch.device | str | None,
+    components: Sequence[str] | None = None,
+) -> dict[str, QuantPlan]:
+    """A plan for each model of a source, by its folder; see `Compound.chosen`, which raises CheckpointError."""
+    left = source.chosen(components)
+    return {
+        folder: _plan_checkpoint(member.checkpoint, config, device)
+        if folder not in left
+        else _as_it_is(member.checkpoint, left[folder], config, device)
+        for folder, member in source.members.items()
+    }
+
+
+def combined(source: Compound, plans: Mapping[str, QuantPlan]) -> QuantPlan:
+    """The plans of all models of a source as one, in which names have their model's folder in front."""
+    if list(plans) == [""]:
+        return plans[""]
+    prefixes = {folder: source.members[folder].prefix for folder in plans}
+    tensors = tuple(_below(prefixes[folder], t) for folder, each in plans.items() for t in each.tensors)
+    described = "; ".join(f"{folder or '.'}: {each.described_by}" for folder, each in plans.items() if each.quantized)
+    modules = tuple(prefixes[folder] + name for folder, each in plans.items() for name in each.left_modules)
+    first = next(iter(plans.values()))
+    return replace(first, tensors=tensors, source=str(source.path), described_by=described, left_modules=modules)
+
+
+def _below(prefix: str, tensor: PlannedTensor) -> PlannedTensor:
+    modules = tuple(prefix + module for module in tensor.modules)
+    return replace(tensor, name=prefix + tensor.name, module=prefix + tensor.module, modules=modules)
+
+
+def _as_it_is(
+    checkpoint: Checkpoint, why: str, config: QuantConfig | None, device: torch.device | str | None
+) -> QuantPlan:
+    """The plan for a model that is only carried over."""
+    tensors = [
+        PlannedTensor(
+            name, info.shape, info.dtype, "skip", why, info.nbytes, info.nbytes, name.rpartition(".")[0], "other"
+        )
+        for name, info in checkpoint.entries.items()
+    ]
+    return replace(planned([], [], config, device or "cpu", str(checkpoint.path), ""), tensors=tuple(tensors))
+
+
+def _plan_checkpoint(
+    checkpoint: Checkpoint, config: QuantConfig | None, device: torch.device | str | None
+) -> QuantPlan:
     found = _described(checkpoint)
-    return planned(found.layers, found.modules, config, device or "cpu", source, found.described_by)
+    return planned(found.layers, found.modules, config, device or "cpu", str(checkpoint.path), found.described_by)
 
 
-def transposed(checkpoint: Checkpoint) -> frozenset[str]:
+def transposed(source: Compound) -> frozenset[str]:
     """Names of the weights that their layers hold as [in, out] and whose 4-bit form is [out, in]: transformers' Conv1D.
 
     No file says it, and those of bitsandbytes could not: the model does, or the names, as in `plan`.
     """
-    return frozenset(layer.name for layer in _described(checkpoint).layers if layer.kind == "transposed")
+    return frozenset(
+        member.prefix + layer.name
+        for member in source.members.values()
+        for layer in _described(member.checkpoint).layers
+        if layer.kind == "transposed"
+    )
 
 
 @dataclass(frozen=True)

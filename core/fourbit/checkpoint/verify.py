@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.checkpoint import destination, journal, manifest, staging
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.disk import hash_of
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.reader import Checkpoint
@@ -86,12 +87,13 @@ def verify_checkpoint(path: str | Path) -> Verification:
         faults.append(str(error))
     has_manifest = listing is not None or bool(faults)
     try:
-        with Checkpoint(folder) as checkpoint:
-            faults += consistency(checkpoint)
-            facts = (len(checkpoint.entries), len(checkpoint.quantized()), checkpoint.nbytes)
+        with Compound(folder) as opened:
+            for member in opened.members.values():
+                faults += consistency(member.checkpoint)
+            facts = (len(opened.entries), len(opened.quantized()), opened.nbytes)
             if listing is not None:
-                faults += against_manifest(folder, listing, checkpoint)
-                notices += unknown_files(folder, listing, checkpoint)[1]
+                faults += against_manifest(folder, listing, opened)
+                notices += unknown_files(folder, listing, opened)[1]
     except CheckpointError as error:
         return Verification(folder, has_manifest, True, 0, 0, 0, (*faults, str(error)))
     return Verification(folder, has_manifest, True, *facts, tuple(faults), tuple(notices))
@@ -118,15 +120,17 @@ def consistency(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{checkpoint.path}: {name!r} is {state.quant_type}, and config.json says {said}"
 
 
-def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint | None = None) -> Iterator[str]:
+def against_manifest(folder: Path, listing: dict[str, Any], opened: Compound | None = None) -> Iterator[str]:
     """What is not as the manifest says: names, dtypes, shapes, places, counts, every hash, and files that it lacks.
 
     Raises CheckpointError if the folder cannot be opened as a checkpoint.
     """
-    checkpoint = opened or Checkpoint(folder)
-    entries, tensors = checkpoint.entries, listing["tensors"]
+    source, tensors = opened or Compound(folder), listing["tensors"]
+    # earlier versions carried the further modules of sentence-transformers over as files, without a look at the tensors
+    entries = {n: info for n, info in source.entries.items() if source.file_name(info) not in listing["files"]}
     yield from (f"{folder}: the tensor {name!r} is not in the manifest" for name in entries if name not in tensors)
-    totals = {"tensors": len(entries), "quantized": len(checkpoint.quantized()), "bytes": checkpoint.nbytes}
+    counts = (len(entries), len(source.quantized().keys() & entries), sum(info.nbytes for info in entries.values()))
+    totals = dict(zip(("tensors", "quantized", "bytes"), counts, strict=True))
     for key, count in totals.items():
         if listing["totals"].get(key) != count:
             yield f"{folder}: {key}: {count}, and the manifest says {str(listing['totals'].get(key))[:40]}"
@@ -136,7 +140,7 @@ def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint |
             yield f"{folder}: the tensor {name!r} is missing"
             continue
         have = {
-            "file": info.file.name,
+            "file": source.file_name(info),
             "dtype": dtype_name(info.dtype),
             "shape": list(info.shape),
             "offset": info.offset,
@@ -153,13 +157,13 @@ def against_manifest(folder: Path, listing: dict[str, Any], opened: Checkpoint |
             yield f"{path} is missing"
         elif path.stat().st_size != want["bytes"] or _hash(path, 0, want["bytes"]) != want["sha256"]:
             yield f"{path} is not as it was written"
-    yield from unknown_files(folder, listing, checkpoint)[0]
+    yield from unknown_files(folder, listing, source)[0]
 
 
-def unknown_files(folder: Path, listing: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+def unknown_files(folder: Path, listing: dict[str, Any], source: Compound) -> tuple[list[str], list[str]]:
     """Files that the manifest does not know: those that a loader may read or run, and the others."""
     known = {*listing["files"], MANIFEST_FILE, *(entry["file"] for entry in listing["tensors"].values())}
-    known |= {file.name for file in checkpoint.files}  # one without a tensor; those of others were compared
+    known |= source.files.keys()  # one without a tensor; those of others were compared
     faults: list[str] = []
     notices: list[str] = []
     if not folder.is_dir():

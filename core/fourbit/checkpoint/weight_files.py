@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourbit.checkpoint import untrusted
+from fourbit.checkpoint import source, untrusted
 from fourbit.checkpoint.errors import CheckpointError, first_of
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -92,7 +92,18 @@ def find_files(path: Path) -> WeightFiles:
     other = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
     hint = f"; it has {other[0]}, and fourbit reads safetensors only" if other else ""
     parts = _parts(path)
-    raise CheckpointError(f"{path} has no .safetensors file{hint}" + (f"; {parts}" if parts else ""))
+    parts = f"; {parts}" if parts else source.how_to_complete(path)
+    raise CheckpointError(f"{path} has no .safetensors file{hint}{parts}")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a .safetensors file, or an index of such. Raises CheckpointError if it cannot be listed."""
+    try:
+        return any(name.endswith(".safetensors") or _INDEX_NAME.search(name) for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}") from error
 
 
 def stem_of(name: str) -> str:
@@ -131,7 +142,8 @@ def _from_index(path: Path, folder: Path | None = None) -> WeightFiles:
     files = [path.parent / file for file in sorted(set(weight_map.values()))]
     for file_path in files:
         if not untrusted.is_file(file_path):
-            raise CheckpointError(f"{path} names the shard {file_path.name}, which is missing")
+            advice = source.how_to_complete(path.parent)
+            raise CheckpointError(f"{path} names the shard {file_path.name}, which is missing{advice}")
         untrusted.require_inside(file_path, path.parent)
     return WeightFiles(files, weight_map, path, stem_of(_INDEX_NAME.sub("", path.name)))
 

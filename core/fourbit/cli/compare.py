@@ -28,6 +28,12 @@ def compare(
             "--plot", metavar="FILE.png", help="Draw each tensor's SQNR to FILE; needs matplotlib, the extra 'plot'."
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Branch, tag or commit of A, where it is a Hub's model, in the local Hub cache."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure every tensor of B against the one of the same name in A, and list the worst first.
@@ -42,7 +48,7 @@ def compare(
         from fourbit.cli import compare_plot
 
         compare_plot.require_matplotlib()  # before the work, not after
-    a, b = options.source(a), options.source(b)
+    a, b = options.source(a, revision), options.source(b)
     with console.bar("comparing") as advance:
         found = compare_checkpoints(a, b, progress=lambda _, done, total: advance(done, total))
     if csv_file is not None:

@@ -25,6 +25,27 @@ Resume = Annotated[
     ),
 ]
 
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most that a weight file may have, such as 5GB, 500MB or 2GiB; one weight that is larger has a file for"
+        " itself.",
+        show_default="5GB",
+    ),
+]
+
+
+def check_size(size: str | None) -> str | None:
+    """The size of weight files; what is none is a usage error."""
+    from fourbit.checkpoint.file_layout import parse_size
+
+    try:
+        parse_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).replace("max_shard_size", "--max-shard-size")) from None
+    return size
+
 
 def run(verb: str, convert: Callable[..., R], dst: Path, resume: bool | None) -> R:
     """Call `quantize_checkpoint` or `dequantize_checkpoint`, the rest of its arguments given, with a bar.

@@ -24,6 +24,8 @@ def dequantize(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to dequantize: cpu, cuda, cuda:1 …")] = "cpu",
+    max_shard_size: conversion.MaxShardSize = None,
+    revision: options.Revision = None,
     resume: conversion.Resume = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -41,7 +43,9 @@ def dequantize(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error).replace("compute_dtype", "--dtype")) from None
     where = options.device(device)
-    convert = partial(dequantize_checkpoint, options.source(src), dtype=kind, device=where)
+    size = conversion.check_size(max_shard_size)
+    src = options.source(src, revision)
+    convert = partial(dequantize_checkpoint, src, dtype=kind, device=where, max_shard_size=size)
     report = conversion.run("dequantizing", convert, dst, resume)
     if as_json:
         console.print_json(report.to_dict())

@@ -40,6 +40,7 @@ class Estimate:
 def estimate(
     folder: Annotated[Path | None, typer.Argument(metavar="[MODEL_FOLDER]", help="Folder of safetensors.")] = None,
     params: Annotated[str | None, typer.Option(help="A number of parameters instead, such as 70e9 or 7B.")] = None,
+    revision: options.Revision = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compute bytes and bits per parameter for each data type, blocksize and double-quantization setting.
@@ -50,7 +51,7 @@ def estimate(
     if (folder is None) == (params is None):
         raise typer.BadParameter("give either MODEL_FOLDER or --params")
     if folder is not None:
-        tensors, other, other_bytes, before, largest = _of_folder(options.source(folder))
+        tensors, other, other_bytes, before, largest = _of_folder(options.source(folder, revision))
     else:
         assert params is not None
         tensors, largest = [parse_count(params)], None
@@ -118,14 +119,14 @@ def _table_bytes(double_quant: bool) -> int:
 
 
 def _of_folder(folder: Path) -> tuple[list[int], int, int, int, int]:
-    from fourbit.checkpoint.foreign import require_unquantized
-    from fourbit.checkpoint.plan import plan
-    from fourbit.checkpoint.reader import Checkpoint
+    from fourbit.checkpoint.compound import Compound
+    from fourbit.checkpoint.plan import combined
+    from fourbit.checkpoint.quantize import checked_plans
+    from fourbit.config import QuantConfig
 
-    with Checkpoint(folder) as checkpoint:
-        require_unquantized(checkpoint)
-        largest = max((info.nbytes for info in checkpoint.entries.values()), default=0)
-        planned = plan(checkpoint)
+    with Compound(folder) as source:
+        largest = max((info.nbytes for info in source.entries.values()), default=0)
+        planned = combined(source, checked_plans(source, QuantConfig(), "cpu"))
     other = sum(t.parameters for t in planned.skipped)
     other_bytes = sum(t.bytes_after for t in planned.skipped)
     return [t.parameters for t in planned.quantized], other, other_bytes, planned.bytes_before, largest

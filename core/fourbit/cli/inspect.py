@@ -14,15 +14,17 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Folder of safetensors, or one .safetensors or index file.")
     ],
+    revision: options.Revision = None,
     as_json: options.AsJson = False,
 ) -> None:
     """List the tensors of a model folder or file: shape, type, blocksize, bits, bytes, and the totals.
 
-    It reads 4-bit folders of fourbit and bitsandbytes, and plain safetensors.
+    It reads 4-bit folders of fourbit and bitsandbytes, and plain safetensors; of a pipeline of diffusers, or a model
+    of sentence-transformers, all models that are in it.
     """
     from fourbit.checkpoint.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(options.source(path))
+    found = inspect_checkpoint(options.source(path, revision))
     if as_json:
         console.print_json(found.to_dict())
         return

@@ -24,6 +24,12 @@ Blocksize = Annotated[
     ),
 ]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Store the scales in 8 bits too.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Branch, tag or commit of a Hub's model, in the local Hub cache.", show_default="main"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
@@ -54,11 +60,11 @@ def device(name: str) -> torch.device:
         raise typer.BadParameter(str(error).splitlines()[0]) from None
 
 
-def source(path: Path) -> Path:
+def source(path: Path, revision: str | None = None) -> Path:
     """The folder or file that is meant; where it is another than what was named, in the Hub's cache, that is said."""
     from fourbit.checkpoint.source import located
 
-    found = located(path)
+    found = located(path, revision)
     if found != path.expanduser():
-        console.note(f"{path}: using the snapshot {found}")
+        console.note(f"{path}: from the local Hub cache, revision {found.name} ({found})")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 def quantize(
     src: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Model folder (safetensors, 16 or 32 bit), or one .safetensors file.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="Model folder (safetensors, 16 or 32 bit), one .safetensors file, or a Hub's name in the local cache.",
+        ),
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the 4-bit model.")],
     quant_type: options.QuantType = "nf4",
@@ -40,6 +45,16 @@ def quantize(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1 …")] = "cpu",
+    components: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Of a pipeline of diffusers, the components to quantize, such as transformer,text_encoder_2,vae.",
+            show_default="denoisers and text encoders",
+        ),
+    ] = None,
+    max_shard_size: conversion.MaxShardSize = None,
+    revision: options.Revision = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")] = False,
     resume: conversion.Resume = None,
     as_json: options.AsJson = False,
@@ -52,24 +67,30 @@ def quantize(
     it is there and was read back. Until then it is in .DST.unfinished beside it; if the run is interrupted, even by a
     power cut, the same command with --resume continues it.
 
-    SRC may be a repository in the Hub's cache, or the Hub's name of a model that is in it; nothing is fetched. What
-    others quantized, adapters, and models in which there is nothing to quantize are refused. Links out of SRC are
-    not followed.
+    SRC may be a repository in the Hub's cache, or the Hub's name of a model that is in it; nothing is fetched. Of a
+    pipeline of diffusers the denoisers and text encoders are quantized, of a model of sentence-transformers the
+    transformer; the rest is carried over, all into one new folder. What others quantized, adapters, and models in
+    which there is nothing to quantize are refused. Links out of SRC are not followed.
     """
-    from fourbit.checkpoint.quantize import quantize_checkpoint, require_work
+    from fourbit.checkpoint.quantize import models, quantize_checkpoint, require_work
 
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
-    src = options.source(src)
+    size = conversion.check_size(max_shard_size)
+    chosen = None if components is None else [name.strip() for name in components.split(",") if name.strip()]
+    src = options.source(src, revision)
     if dry_run:
-        plan, nbytes = check_and_plan(src, dst, config, where, resume is not None)
+        plans, plan, nbytes = check_and_plan(src, dst, config, where, resume is not None, chosen)
         if as_json:
-            console.print_json({"dry_run": True, "bytes_written": nbytes, **plan.to_dict()})
+            value = {"dry_run": True, "bytes_written": nbytes, "models": models(plans)}
+            console.print_json({**value, **plan.to_dict()})
         else:
             show_plan(plan, nbytes)
+            show_models(plans)
+            console.out.print("dry run: nothing was written")
         require_work(plan)
     else:
-        convert = partial(quantize_checkpoint, src, config=config, device=where)
+        convert = partial(quantize_checkpoint, src, config=config, device=where, components=chosen, max_shard_size=size)
         report = conversion.run("quantizing", convert, dst, resume)
         plan = report.plan
         if as_json:
@@ -77,29 +98,49 @@ def quantize(
         else:
             conversion.show(report)
             show_sizes(plan, report.bytes_after)
+            show_models(report.plans)
     warn(plan)
 
 
 def check_and_plan(
-    src: Path, dst: Path, config: QuantConfig, device: torch.device, may_replace: bool
-) -> tuple[QuantPlan, int]:
-    """What would be done, and the bytes of all tensors then, after the checks that do not need the weights."""
+    src: Path,
+    dst: Path,
+    config: QuantConfig,
+    device: torch.device,
+    may_replace: bool,
+    components: list[str] | None,
+) -> tuple[dict[str, QuantPlan], QuantPlan, int]:
+    """What would be done, for each model and in all, and the bytes of all tensors then.
+
+    After the checks that do not need the weights.
+    """
     from fourbit.checkpoint import destination, others
-    from fourbit.checkpoint.foreign import require_unquantized
-    from fourbit.checkpoint.plan import plan
-    from fourbit.checkpoint.quantize import output_items
-    from fourbit.checkpoint.reader import Checkpoint
+    from fourbit.checkpoint.compound import Compound
+    from fourbit.checkpoint.plan import combined
+    from fourbit.checkpoint.quantize import checked_plans, output_items
     from fourbit.checkpoint.source import resolved
 
-    source = resolved(src)
-    with Checkpoint(source) as checkpoint:
-        require_unquantized(checkpoint)
+    with Compound(resolved(src)) as source:
+        plans = checked_plans(source, config, device, components)
+        beside = others.find(source)
+        others.require_free_names(source, beside)
         target = dst.expanduser().resolve()
-        beside = others.find(checkpoint)
-        others.require_free_names(checkpoint, beside)
-        destination.check(source, others.every_file(checkpoint, beside), target, may_replace)
-        planned = plan(checkpoint, config, device=device)
-        return planned, sum(item.nbytes for item in output_items(checkpoint, planned))
+        destination.check(source.path, others.every_file(source, beside), target, may_replace)
+        planned = combined(source, plans)
+        return plans, planned, sum(item.nbytes for item in output_items(source, planned))
+
+
+def show_models(plans: Mapping[str, QuantPlan]) -> None:
+    """Where there are several models, a line for what becomes of each."""
+    if len(plans) < 2:
+        return
+    for folder, plan in plans.items():
+        what = f"{len(plan.quantized)} of {len(plan.tensors)} tensors quantized"
+        if not plan.quantized:
+            rules = {t.rule for t in plan.tensors}
+            what = "as it is" + (f" ({rules.pop()})" if len(rules) == 1 else "")
+        sizes = f"{plan.bytes_before:,} -> {plan.bytes_after:,} bytes"
+        console.out.print(f"{folder or '.'}: {what}, {sizes}", soft_wrap=True, highlight=False)
 
 
 def show_plan(plan: QuantPlan, nbytes: int) -> None:
@@ -111,7 +152,6 @@ def show_plan(plan: QuantPlan, nbytes: int) -> None:
         table.add_row(*cells, f"{t.bytes_before:,}", f"{t.bytes_after:,}", style=style)
     console.out.print(table)
     show_sizes(plan, nbytes)
-    console.out.print("dry run: nothing was written")
 
 
 def show_sizes(plan: QuantPlan, total_after: int) -> None:

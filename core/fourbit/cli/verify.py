@@ -13,6 +13,7 @@ from fourbit.cli import console, options
 
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Model folder, or one .safetensors file.")],
+    revision: options.Revision = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Check a model folder against its manifest and its own metadata.
@@ -24,7 +25,7 @@ def verify(
     """
     from fourbit.checkpoint.verify import verify_checkpoint
 
-    found = verify_checkpoint(options.source(path))
+    found = verify_checkpoint(options.source(path, revision))
     if as_json:
         console.print_json(found.to_dict())
     else:

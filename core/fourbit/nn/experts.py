@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fourbit.backend import OpQuery
 from fourbit.config import QuantConfig
 from fourbit.functional import grouped_linear_4bit
 from fourbit.nn.packed import PackedModule, options
-from fourbit.nn.view import WeightView
+from fourbit.nn.view import Holder, WeightView
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,13 +19,15 @@ if TYPE_CHECKING:
 class ExpertWeights4bit(PackedModule):
     """Takes the place of a 3-D parameter `[experts, out, in]` (or `[experts, in, out]`) of a model.
 
-    The model's own code goes on working: `weights[e]` is a view of one expert's matrix, on which
+    It is quantized as it lies: blocks run along the last dimension, whichever that is, and `forward` takes either
+    orientation. The model's own code goes on working: `weights[e]` is a view of one expert's matrix, on which
     `functional.linear` and `@` run without a 16-bit copy, and torch functions on the whole see the
     dequantized tensor (all experts at once: an implementation that loops over experts needs far less memory).
     """
 
     replaces = nn.Parameter
     kind = "experts"
+    op = "grouped_linear_4bit"
 
     def __init__(
         self,
@@ -59,32 +58,32 @@ class ExpertWeights4bit(PackedModule):
         """The parameter itself."""
         return weight
 
-    def put(self, parent: nn.Module, name: str, undo: ExitStack) -> None:
-        """As any other, and have transformers' modules loop over the experts: other ways need all of them in 16 bit."""
-        super().put(parent, name, undo)
-        config = getattr(parent, "config", None)
-        before = getattr(config, "_experts_implementation", None)
-        if before is not None:
-            undo.callback(setattr, config, "_experts_implementation", before)
-            config._experts_implementation = "eager"  # type: ignore[union-attr]
-
-    def query(self) -> OpQuery:
-        """What a product with one expert's weight asks."""
-        if self.weight_shape[1:].numel() % self.blocksize:
-            # blocks run across experts: one expert is decoded as a row of the whole
-            return replace(super().query(), op="embedding_4bit")
-        return replace(super().query(), nested=False)  # an expert's scales are decoded before its linear runs
-
     def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """`rows` rows, all of them the last expert's."""
         offsets = torch.zeros(self.weight_shape[0], dtype=torch.int32, device=self.qweight.device)
         offsets[-1] = rows
         return (*super().sample(rows, dtype), offsets)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Rows of x [T, in], sorted by expert, times each one's [out, in]; see `fourbit.grouped_linear_4bit`."""
-        packed, state = self.quant_state()
-        return grouped_linear_4bit(x, offsets, packed, state)
+    def forward(self, x: Tensor, offsets: Tensor, transposed: bool = False) -> Tensor:
+        """Rows of x [T, in], sorted by expert, times each one's matrix: [T, out], zeros after the last offset.
+
+        The weight is [experts, out, in], or with `transposed` [experts, in, out]; `offsets` (int32 or int64
+        [experts]) are the ends of the experts' rows. Differentiable in x; see `fourbit.grouped_linear_4bit`.
+        """
+        if not transposed:
+            packed, state = self.quant_state()
+            return grouped_linear_4bit(x, offsets, packed, state)
+        count, inner, outer = self.weight_shape
+        if x.shape[-1:] != (inner,) or offsets.shape != (count,):
+            raise ValueError(
+                f"ExpertWeights4bit: x {list(x.shape)} and offsets {list(offsets.shape)} do not fit the weight"
+                f" [experts, in, out] = {list(self.weight_shape)}"
+            )
+        if torch.is_autocast_enabled(x.device.type):  # which knows the other orientation's op, as one of a product
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight, nested = self.packed_weight().flat()
+        y: Tensor = torch.ops.fourbit.grouped_linear_4bit_grad(x, offsets, *weight, outer, *nested)
+        return y
 
     def __len__(self) -> int:
         return self.weight_shape[0]
@@ -98,7 +97,16 @@ class ExpertWeights4bit(PackedModule):
         count = self.weight_shape[0]
         if not -count <= index < count:
             raise IndexError(f"expert {index} of {count}")
-        return WeightView(self, index % count)
+        return WeightView(self._holder(), index % count)
+
+    def _holder(self) -> Holder:
+        """Whom views of the weight read and write."""
+        return self
+
+    @property
+    def weight(self) -> WeightView:
+        """See PackedStorage."""
+        return WeightView(self._holder())
 
     @classmethod
     def __torch_function__(
@@ -109,6 +117,12 @@ class ExpertWeights4bit(PackedModule):
 
         args, kwargs = tree_map_only(cls, lambda module: module.weight, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":  # as of a parameter: `weights.data = x` and `weights.data += x` requantize
+            self.weight.data = value
+            return
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

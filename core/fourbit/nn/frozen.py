@@ -46,17 +46,14 @@ class FrozenTensor(Tensor):
 
     Aliases (`detach()`, `.data`, views, what `state_dict()` holds) are FrozenTensors; copies (`clone()`, another
     device or dtype) are ordinary, but for `copy.deepcopy`. Pickles hold ordinary tensors.
-
-    Attributes:
-        counted: how many of the model's parameters a module's own one stands for; None: as many as it has elements.
-            See `numel`.
     """
-
-    counted: int | None = None
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
         """As nn.Parameter's: a parameter that shares the storage of `data`."""
-        return frozen(data.detach() if type(data) is nn.Parameter else data, parameter=True)
+        made = frozen(data.detach() if type(data) is nn.Parameter else data, parameter=True)
+        if isinstance(made, FrozenTensor):
+            made.__class__ = cls
+        return made
 
     @classmethod
     def __torch_function__(
@@ -96,16 +93,6 @@ class FrozenTensor(Tensor):
                 return _freeze_aliases(result, values)
         return result
 
-    def numel(self) -> int:
-        """How many of the model's parameters this one is: what all who count a model's parameters ask.
-
-        A module's `qweight` answers for the weight that it packs, its `scales` are none. `nelement()`, the shape,
-        `nbytes` and everything in C++ go by the tensor's own elements, and so do aliases and copies of it.
-        """
-        if self.counted is None or hasattr(self, "ds_status"):  # DeepSpeed cuts those that it marks by their numel()
-            return self.nelement()
-        return self.counted
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             memo[id(self)] = frozen(plain(self).clone(), parameter=isinstance(self, nn.Parameter))
@@ -114,6 +101,42 @@ class FrozenTensor(Tensor):
 
     def __reduce_ex__(self, proto: Any) -> Any:
         return _ordinary(self).__reduce_ex__(proto)  # type: ignore[no-untyped-call]
+
+
+class _Counted(FrozenTensor):
+    """A part of the storage whose parameter says by `numel()` how many of the model's parameters it is.
+
+    So that whoever counts these by it, as transformers, peft and trainers do, finds those of the model, adapted or not.
+    `nelement()`, the shape, `nbytes` and all of C++ go by the tensor's own elements; and so does the numel() of what is
+    no Parameter: aliases and copies, which state dicts and savers have.
+    """
+
+    def stands_for(self) -> int:
+        """How many parameters of the model."""
+        raise NotImplementedError
+
+    def numel(self) -> int:
+        """As above; but of those that DeepSpeed has marked the elements, as it cuts the storage by them."""
+        counts = getattr(self, "_is_param", False) and not hasattr(self, "ds_status")  # nn.Parameter's own mark
+        return self.stands_for() if counts else self.nelement()
+
+
+class FrozenCodes(_Counted):
+    """The codes of a weight, two a byte, which count for the weight."""
+
+    count: int | None = None
+
+    def stands_for(self) -> int:
+        """The weight's elements: `count`; or two a byte where a library made the parameter anew."""
+        return 2 * self.nelement() if self.count is None else self.count
+
+
+class FrozenScales(_Counted):
+    """The scales of a weight, which are no parameters of the model."""
+
+    def stands_for(self) -> int:
+        """None."""
+        return 0
 
 
 def frozen(tensor: Tensor, parameter: bool) -> Tensor:
@@ -125,10 +148,10 @@ def frozen(tensor: Tensor, parameter: bool) -> Tensor:
         tensor.__class__ = FrozenTensor  # type: ignore[assignment]
         tensor._is_param = True  # as nn.Parameter marks those of other classes
         return tensor
-    if type(tensor) not in (Tensor, FrozenTensor):
+    if type(tensor) is not Tensor and not isinstance(tensor, FrozenTensor):
         return nn.Parameter(tensor, requires_grad=False) if parameter else tensor
     with _plain():
-        result = _alias(tensor)
+        result = _alias(tensor, FrozenTensor)
     if parameter:
         result._is_param = True
     return result
@@ -136,7 +159,7 @@ def frozen(tensor: Tensor, parameter: bool) -> Tensor:
 
 def plain(tensor: Tensor) -> Tensor:
     """An ordinary tensor over the same storage; what is no FrozenTensor stays what it is."""
-    if type(tensor) is not FrozenTensor:
+    if not isinstance(tensor, FrozenTensor):
         return tensor
     with _plain(), torch._C._DisableTorchDispatch():  # a dispatch mode may know ordinary tensors alone
         return tensor.detach()
@@ -200,20 +223,20 @@ def _refusal(name: str, func: Any, target: FrozenTensor) -> Exception:
 
 def _freeze_aliases(result: Any, values: tuple[Any, ...]) -> Any:
     """`result` with every tensor frozen that shares storage with a FrozenTensor among the arguments."""
-    storages = {_storage(t) for t in tree_leaves(values) if isinstance(t, FrozenTensor)} - {None}
+    kinds = {_storage(t): type(t) for t in tree_leaves(values) if isinstance(t, FrozenTensor)}
+    kinds.pop(None, None)
 
     def freeze(tensor: Any) -> Any:
-        if type(tensor) is not Tensor or _storage(tensor) not in storages:
-            return tensor
-        return _alias(tensor)
+        kind = kinds.get(_storage(tensor)) if type(tensor) is Tensor else None
+        return tensor if kind is None else _alias(tensor, kind)
 
     if type(result) in (list, tuple):
         return type(result)(map(freeze, result))
     return freeze(result)
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    return Tensor._make_subclass(FrozenTensor, tensor, False)  # as nn.Parameter's: no view of anything
+def _alias(tensor: Tensor, kind: type[FrozenTensor]) -> Tensor:
+    return Tensor._make_subclass(kind, tensor, False)  # as nn.Parameter's: no view of anything
 
 
 def _storage(tensor: Tensor) -> int | None:
@@ -224,4 +247,5 @@ def _storage(tensor: Tensor) -> int | None:
 
 
 # as torch registers its own tensors and parameters: handles of shared memory, and of CUDA's, instead of copies
-ForkingPickler.register(FrozenTensor, lambda tensor: reduce_tensor(_ordinary(tensor)))  # type: ignore[no-untyped-call]
+for _kind in (FrozenTensor, FrozenCodes, FrozenScales):
+    ForkingPickler.register(_kind, lambda tensor: reduce_tensor(_ordinary(tensor)))  # type: ignore[no-untyped-call]

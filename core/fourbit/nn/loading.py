@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourbit.nn.frozen import FrozenTensor
+from fourbit.nn.frozen import FrozenCodes, FrozenScales, FrozenTensor
 
-_ORDINARY = (Tensor, nn.Parameter, FrozenTensor)
+_ORDINARY = (Tensor, nn.Parameter, FrozenTensor, FrozenCodes, FrozenScales)
 
 
 def entry_errors(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fourbit import checks, codebooks, dispatch
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
-from fourbit.nn.frozen import FrozenTensor, frozen, plain
+from fourbit.nn.frozen import FrozenCodes, FrozenScales, FrozenTensor, frozen, plain
 from fourbit.nn.loading import entry_errors
 from fourbit.nn.view import WeightView
 from fourbit.scales import NESTED_BLOCKSIZE
@@ -120,9 +120,11 @@ class PackedStorage(nn.Module):
             for name in STORAGE:
                 if type(tensors.get(name)) in (Tensor, nn.Parameter):
                     tensors[name] = frozen(tensors[name], parameter=tensors is self._parameters)
-        for name, count in (("qweight", self.weight_shape.numel()), ("scales", 0)):
-            if type(tensor := self._parameters.get(name)) is FrozenTensor:
-                tensor.counted = count
+        codes, scales = self._parameters.get("qweight"), self._parameters.get("scales")
+        if isinstance(codes, FrozenTensor):
+            codes.__class__, codes.count = FrozenCodes, self.weight_shape.numel()
+        if isinstance(scales, FrozenTensor):
+            scales.__class__ = FrozenScales
 
     # ---- reading and writing the weight ------------------------------------------------------------
 

@@ -24,19 +24,21 @@ _MIXTURE = re.compile(r"(MoE|Moe|MOE|MoeBlock|MoEBlock|MixtureOfExperts)$")
 
 @dataclass(frozen=True)
 class _Place:
-    """A module in the walk; `path` is its name without what adapters put into it, `role` that of all within it."""
+    """A module in the walk; `path`: its name without what adapters put into it; `role`, `note`: of all within."""
 
     name: str
     path: str
     module: nn.Module
     role: str = ""
     adapter: bool = False
+    note: str = ""
 
 
 def describe_model(model: nn.Module) -> list[Layer]:
     """A Layer for each parameter, in the order of `named_parameters`; tied ones each have theirs."""
     kept = _kept_in_float32(model)
-    places = list(_walk(_Place("", "", model), _output_heads(model), set()))
+    root = _Place("", "", model, note=_note_in("", model))
+    places = list(_walk(root, _output_heads(model), set()))
     tied = _tied_by_model(places)
     found: list[Layer] = []
     sharing: dict[int, list[int]] = {}
@@ -48,7 +50,7 @@ def describe_model(model: nn.Module) -> list[Layer]:
             if tensor is None:
                 continue
             name = f"{place.name}.{leaf}" if place.name else leaf
-            note = ""
+            note = place.note
             if isinstance(module, PackedModule) and leaf in STORAGE:
                 note = "4-bit already"
             elif kind_of_module.__module__.startswith(_FOREIGN):
@@ -97,10 +99,25 @@ def _walk(place: _Place, heads: set[int], seen: set[int]) -> Iterator[_Place]:
                 module=child,
                 role=place.role or (HEAD if id(child) in heads else _role_in(place.module, key, child)),
                 adapter=place.adapter or (tuner and not adapted),
+                note=_note_in(place.note, child),
             ),
             heads,
             seen,
         )
+
+
+def _note_in(note: str, module: nn.Module) -> str:
+    """Why all within `module` stays as it is, but for what says otherwise; `note`: what was said of its parent.
+
+    sentence-transformers writes and reads its modules' weights itself and knows of no others; but for the transformer,
+    which is for transformers to save.
+    """
+    for kind in type(module).__mro__:
+        if kind.__name__ == "PreTrainedModel":
+            return ""
+        if kind.__module__.startswith("sentence_transformers."):
+            return f"of the module {type(module).__name__}, which sentence-transformers loads itself"
+    return note
 
 
 def _role_in(parent: nn.Module, key: str, child: nn.Module) -> str:

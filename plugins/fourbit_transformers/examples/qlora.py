@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from fourbit_demo.sample_model import SampleModelError
 from fourbit_transformers.examples import qlora_sources
 
 WINDOWS, WINDOW_TOKENS = 8, 512
@@ -54,9 +56,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 def quantization(chosen: argparse.Namespace, dtype: torch.dtype) -> Any:
     """What from_pretrained takes as its quantization_config."""
     if chosen.bitsandbytes:
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(
+        return _untyped("transformers").BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=chosen.double_quant,
@@ -67,17 +67,21 @@ def quantization(chosen: argparse.Namespace, dtype: torch.dtype) -> Any:
     return FourbitConfig(blocksize=64, double_quant=chosen.double_quant)
 
 
+def _untyped(name: str) -> Any:
+    """A library that has no types."""
+    return import_module(name)
+
+
 def make_trainer(chosen: argparse.Namespace, folder: Path, dtype: torch.dtype) -> Any:
     """TRL's trainer, which loads the model by the name of its folder and puts adapters on every linear layer."""
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
+    datasets, trl = map(_untyped, ("datasets", "trl"))
     text, _ = qlora_sources.texts()
     pieces = [text[start : start + CHARACTERS] for start in range(0, len(text) - CHARACTERS, CHARACTERS)]
     on_gpu = torch.cuda.is_available()
-    arguments = SFTConfig(
+    arguments = trl.SFTConfig(
         output_dir=str(chosen.output / "checkpoints"),
         max_steps=chosen.steps,
         per_device_train_batch_size=2,
@@ -96,16 +100,16 @@ def make_trainer(chosen: argparse.Namespace, folder: Path, dtype: torch.dtype) -
         model_init_kwargs={"dtype": dtype},
     )
 
-    class Stop(TrainerCallback):  # type: ignore[misc]
+    class Stop(TrainerCallback):
         """Ends the run early."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= state.global_step == chosen.stop_after
 
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=str(folder),
         args=arguments,
-        train_dataset=Dataset.from_dict({"text": pieces}),
+        train_dataset=datasets.Dataset.from_dict({"text": pieces}),
         quantization_config=quantization(chosen, dtype),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Stop()],
@@ -226,7 +230,7 @@ def main() -> None:
     try:
         with redirect_stdout(sys.stderr):  # the trainer prints each step's loss
             result = run(chosen)
-    except qlora_sources.sample_model.SampleModelError as error:
+    except SampleModelError as error:
         sys.exit(f"error: {error}")
     if chosen.json:
         print(json.dumps(result, indent=2))

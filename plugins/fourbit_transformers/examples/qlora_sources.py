@@ -49,7 +49,8 @@ def _tiny(folder: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([texts()[0][:20_000]], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+    fast: Any = PreTrainedTokenizerFast
+    wrapped = fast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "hidden_size": 64,
@@ -59,5 +60,6 @@ def _tiny(folder: Path) -> None:
     }
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     config = LlamaConfig(vocab_size=len(wrapped), bos_token_id=None, eos_token_id=0, pad_token_id=1, **sizes, **heads)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     wrapped.save_pretrained(folder)

@@ -17,7 +17,7 @@ SHARD_BYTES = 9000
 
 
 def run(src, dst, **options):
-    return quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, **options)
+    return quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, **options)
 
 
 @pytest.fixture
@@ -161,16 +161,16 @@ HARMS = (remove_shard, flip_bit, cut, remove_other, change_other, plant)
 @pytest.mark.parametrize("shards", (1, 3))
 def test_finished_and_damaged_since(src, tmp_path, harm, shards):
     dst, size = tmp_path / "dst", {1: 10**9, 3: SHARD_BYTES}[shards]
-    quantize_checkpoint(src, dst, max_shard_bytes=size)
-    assert quantize_checkpoint(src, dst, max_shard_bytes=size, resume=True).resumed_bytes
+    quantize_checkpoint(src, dst, max_shard_size=size)
+    assert quantize_checkpoint(src, dst, max_shard_size=size, resume=True).resumed_bytes
     wanted = harm(dst)
     now = contents(dst)
     with pytest.raises(CheckpointError, match="finished and is damaged since: .*--overwrite writes it anew") as failed:
-        quantize_checkpoint(src, dst, max_shard_bytes=size, resume=True)
+        quantize_checkpoint(src, dst, max_shard_size=size, resume=True)
     assert wanted in str(failed.value) and contents(dst) == now
     if harm is plant:  # which --overwrite does not remove either
         (dst / "modeling_own.py").unlink()
-    quantize_checkpoint(src, dst, max_shard_bytes=size, overwrite=True)
+    quantize_checkpoint(src, dst, max_shard_size=size, overwrite=True)
     assert verify_checkpoint(dst).ok
 
 

@@ -21,23 +21,23 @@ from tests.folders import QUANTIZED, sample_tensors, write_folder
 def packed(tmp_path):
     """A 4-bit folder with every kind of tensor."""
     src = write_folder(tmp_path / "src", shards=2)
-    quantize_checkpoint(src, tmp_path / "packed", fourbit.QuantConfig(double_quant=True), max_shard_bytes=9000)
+    quantize_checkpoint(src, tmp_path / "packed", fourbit.QuantConfig(double_quant=True), max_shard_size=9000)
     return tmp_path / "packed"
 
 
 @pytest.mark.parametrize("dtype", (None, torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("max_shard_bytes", (10**9, 9000))
-def test_values(packed, tmp_path, dtype, max_shard_bytes):
+@pytest.mark.parametrize("max_shard_size", (10**9, 9000))
+def test_values(packed, tmp_path, dtype, max_shard_size):
     tensors = sample_tensors()
     seen = []
     report = dequantize_checkpoint(
         *(packed, tmp_path / "dst"),
         dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_size=max_shard_size,
         progress=lambda *step: seen.append(step),
     )
     assert set(report.dequantized) == set(QUANTIZED) and set(report.carried) == set(tensors) - set(QUANTIZED)
-    assert (len(report.files) == 1) == (max_shard_bytes == 10**9)
+    assert (len(report.files) == 1) == (max_shard_size == 10**9)
     assert seen[-1][1] == seen[-1][2] == report.bytes_before
     with Checkpoint(tmp_path / "dst") as written, Checkpoint(packed) as source:
         assert set(written.entries) == set(tensors) and not written.quantized()
@@ -132,15 +132,15 @@ def test_interrupted_and_resumed(packed, tmp_path):
 
     dst = tmp_path / "dst"
     with pytest.raises(KeyboardInterrupt):
-        dequantize_checkpoint(packed, dst, progress=interrupt, max_shard_bytes=9000)
+        dequantize_checkpoint(packed, dst, progress=interrupt, max_shard_size=9000)
     assert not dst.exists() and staging.unfinished_folder(dst).is_dir()
     with pytest.raises(CheckpointError, match="an unfinished run"):
-        dequantize_checkpoint(packed, dst, max_shard_bytes=9000)
+        dequantize_checkpoint(packed, dst, max_shard_size=9000)
     with pytest.raises(CheckpointError, match="dequantize is float32, was the stored types"):
-        dequantize_checkpoint(packed, dst, resume=True, dtype=torch.float32, max_shard_bytes=9000)
-    report = dequantize_checkpoint(packed, dst, resume=True, max_shard_bytes=9000)
+        dequantize_checkpoint(packed, dst, resume=True, dtype=torch.float32, max_shard_size=9000)
+    report = dequantize_checkpoint(packed, dst, resume=True, max_shard_size=9000)
     assert 0 < report.resumed_bytes <= report.bytes_before  # some may be written by the time it stops
-    dequantize_checkpoint(packed, tmp_path / "whole", max_shard_bytes=9000)
+    dequantize_checkpoint(packed, tmp_path / "whole", max_shard_size=9000)
     for file in sorted(os.listdir(dst)):
         assert (dst / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["dst", "packed", "src", "whole"]

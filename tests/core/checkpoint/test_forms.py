@@ -133,8 +133,8 @@ def test_files_keep_the_name_that_their_library_looks_for(tmp_path, source, stem
     """Of a single file, of shards and their index; forth and back."""
     src = write_folder(tmp_path / "src")
     (src / "model.safetensors").rename(src / source)
-    quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=size)
-    dequantize_checkpoint(tmp_path / "dst", tmp_path / "back", max_shard_bytes=size)
+    quantize_checkpoint(src, tmp_path / "dst", max_shard_size=size)
+    dequantize_checkpoint(tmp_path / "dst", tmp_path / "back", max_shard_size=size)
     for folder in (tmp_path / "dst", tmp_path / "back"):
         names = {name for name in os.listdir(folder) if ".safetensors" in name}
         if size > 4000:
@@ -176,13 +176,15 @@ def test_one_set_of_weights_beside_its_variant(tmp_path):
     assert report.files == (f"{DIFFUSERS}.safetensors",) and report.left_out == (f"{DIFFUSERS}.fp16.safetensors",)
 
 
-def test_pipelines_name_their_components(tmp_path):
+def test_a_pipeline_is_not_one_model(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     for name in ("unet", "vae", "scheduler"):
         (tmp_path / name).mkdir()
     for name in ("unet", "vae"):
         save_file({"a.weight": torch.randn(8, 64)}, tmp_path / name / f"{DIFFUSERS}.safetensors")
     with pytest.raises(CheckpointError, match="is a pipeline of diffusers .* it has weights in unet/, vae/: name one"):
+        Checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="a pipeline of diffusers in which no component has a .safetensors file"):
         quantize_checkpoint(tmp_path, tmp_path / "dst")
     assert quantize_checkpoint(tmp_path / "unet", tmp_path / "dst").plan.quantized
 
@@ -221,21 +223,26 @@ def test_further_modules_are_carried_over(tmp_path):
     (src / "original" / "consolidated.00.pth").write_bytes(b"pth")
     (src / "tf_model.ckpt.data-00000-of-00001").write_bytes(b"tf")
     report = quantize_checkpoint(src, tmp_path / "dst")
-    weights = {"2_Dense/model.safetensors", "3_Dense/pytorch_model.bin", "4_Router/sub/deep/model.safetensors"}
-    configs = {f"{n}/config.json" for n in ("1_Pooling", "2_Dense", "3_Dense", "4_Router/sub/deep", "onnx", "original")}
+    assert report.files == ("model.safetensors", "2_Dense/model.safetensors")
+    weights = {"3_Dense/pytorch_model.bin", "4_Router/sub/deep/model.safetensors"}
+    configs = {f"{n}/config.json" for n in ("1_Pooling", "3_Dense", "4_Router/sub/deep", "onnx", "original")}
     assert set(report.copied) == weights | configs | {"tokenizer.json", "modules.json"}
     assert set(report.left_out) == {
         *("2_Dense/pytorch_model.bin", "original/model.safetensors", "original/consolidated.00.pth"),
         *("onnx/model.onnx", "onnx/model.onnx_data", "tf_model.ckpt.data-00000-of-00001"),
     }
-    for name in weights:
+    for name in (*weights, *configs, "2_Dense/config.json"):
         assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
     assert verify_checkpoint(tmp_path / "dst").ok
-    (tmp_path / "dst" / "2_Dense" / "model.safetensors").write_bytes(b"x")
-    assert any("2_Dense" in fault for fault in verify_checkpoint(tmp_path / "dst").faults)
     back = dequantize_checkpoint(tmp_path / "dst", tmp_path / "back")
     assert weights <= set(back.copied) and back.left_out == ()
-    assert torch.equal(load_file(src / "2_Dense/model.safetensors")["linear.weight"], dense["linear.weight"])
+    for folder in ("dst", "back"):
+        written = load_file(tmp_path / folder / "2_Dense/model.safetensors")
+        assert list(written) == list(dense) and torch.equal(written["linear.weight"], dense["linear.weight"])
+    (tmp_path / "dst" / "2_Dense" / "model.safetensors").write_bytes(b"x")
+    assert any("2_Dense" in fault for fault in verify_checkpoint(tmp_path / "dst").faults)
+    with pytest.raises(CheckpointError, match="2_Dense/model.safetensors cannot be read as safetensors"):
+        dequantize_checkpoint(tmp_path / "dst", tmp_path / "no")
 
 
 @pytest.mark.parametrize("path", ("../elsewhere", "/etc", "a/../../b"))

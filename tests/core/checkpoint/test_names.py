@@ -28,7 +28,7 @@ def test_names_that_were_once_temporary(src, tmp_path, shard_bytes):
     for name in (*NAMES, "sub/config.json", "sub/config.json.tmp"):
         (src / name).parent.mkdir(exist_ok=True)
         (src / name).write_text(name)
-    report = quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=shard_bytes)
+    report = quantize_checkpoint(src, tmp_path / "dst", max_shard_size=shard_bytes)
     for name in report.copied:
         assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
     assert set(NAMES) < set(report.copied) and verify_checkpoint(tmp_path / "dst").ok

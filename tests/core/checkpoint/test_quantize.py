@@ -35,7 +35,7 @@ def test_what_is_written(tmp_path, config, shards):
         tmp_path / "dst",
         config,
         progress=lambda *step: seen.append(step),
-        max_shard_bytes={1: 10**9, 3: 9000}[shards],
+        max_shard_size={1: 10**9, 3: 9000}[shards],
     )
     assert (len(report.files) == 1) == (shards == 1)
     with Checkpoint(tmp_path / "dst") as written:
@@ -143,7 +143,7 @@ def test_other_files(tmp_path):
 def test_same_bytes_twice(tmp_path):
     src = write_folder(tmp_path / "src", shards=2)
     for name in ("a", "b"):
-        quantize_checkpoint(src, tmp_path / name, fourbit.QuantConfig(double_quant=True), max_shard_bytes=9000)
+        quantize_checkpoint(src, tmp_path / name, fourbit.QuantConfig(double_quant=True), max_shard_size=9000)
     for file in sorted(os.listdir(tmp_path / "a")):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

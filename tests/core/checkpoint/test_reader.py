@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fourbit
 from fourbit.checkpoint import Checkpoint, CheckpointError, compare, untrusted
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.inspect import inspect_checkpoint
 from tests.folders import sample_tensors, write_folder, write_index
 
@@ -260,9 +261,9 @@ def test_tied_heads_are_found_in_linear_time(tmp_path):
 
     folder = write_folder(tmp_path / "m")
     (folder / "config.json").write_text('{"tie_word_embeddings": true}')
-    checkpoint = Checkpoint(folder)
+    source = Compound(folder)
     names = {Name(f"{i}.wte.weight"): (1,) for i in range(50)}
     heads = [f"{i}.lm_head.weight" for i in range(50)]
-    tied = compare._tied_embedding(checkpoint, names)
-    assert [compare._counterpart(head, checkpoint, names, tied) for head in heads] == [None] * 50
+    tied = compare._tied_embeddings(source, names)
+    assert [compare._counterpart(head, source, names, tied) for head in heads] == [None] * 50
     assert Name.count == 50

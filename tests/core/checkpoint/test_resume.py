@@ -26,7 +26,7 @@ def src(tmp_path, monkeypatch):
 
 @pytest.fixture
 def want(src, tmp_path):
-    quantize_checkpoint(src, tmp_path / "want", max_shard_bytes=SHARD_BYTES)
+    quantize_checkpoint(src, tmp_path / "want", max_shard_size=SHARD_BYTES)
     return contents(tmp_path / "want")
 
 
@@ -40,7 +40,7 @@ def interrupted(src, dst, after, **options):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, progress=interrupt, **options)
+        quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, progress=interrupt, **options)
     return staging.unfinished_folder(dst)
 
 
@@ -50,10 +50,10 @@ def test_resume_gives_the_same_bytes(src, want, tmp_path, after):
     left = interrupted(src, dst, after)
     assert not dst.exists() and journal.read(left).hashes
     with pytest.raises(CheckpointError, match="--resume continues it, --overwrite starts afresh"):
-        quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES)
-    report = quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, resume=True)
+        quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES)
+    report = quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, resume=True)
     assert report.resumed_bytes > 0 and contents(dst) == want and not left.exists()
-    again = quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, resume=True)  # finished: left as it is
+    again = quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, resume=True)  # finished: left as it is
     assert again.resumed_bytes == again.bytes_before and contents(dst) == want
 
 
@@ -110,7 +110,7 @@ DAMAGES = (torn_journal, garbled_journal, shorter, longer, other_bytes, other_he
 def test_what_is_damaged_is_done_again(src, want, tmp_path, damage):
     dst = tmp_path / "dst"
     damage(interrupted(src, dst, 8))
-    quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, resume=True)
+    quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, resume=True)
     assert contents(dst) == want and verify_checkpoint(dst).ok
 
 
@@ -118,7 +118,7 @@ def test_another_configuration(src, tmp_path):
     dst = tmp_path / "dst"
     left = interrupted(src, dst, 3)
     with pytest.raises(CheckpointError, match=r"cannot be resumed: blocksize is 32, was 64.*--overwrite"):
-        quantize_checkpoint(src, dst, fourbit.QuantConfig(blocksize=32), max_shard_bytes=SHARD_BYTES, resume=True)
+        quantize_checkpoint(src, dst, fourbit.QuantConfig(blocksize=32), max_shard_size=SHARD_BYTES, resume=True)
     quantize_checkpoint(src, dst, fourbit.QuantConfig(blocksize=32), overwrite=True)
     assert verify_checkpoint(dst).ok and not left.exists()
     with pytest.raises(ValueError, match="want one of them"):
@@ -132,7 +132,7 @@ def test_source_that_changes_between_runs(src, tmp_path):
     (src / "tokenizer.json").unlink()
     (src / "new.txt").write_text("")
     with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors has changed") as failed:
-        quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, resume=True)
+        quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, resume=True)
     assert "new.txt is new" in str(failed.value) and "tokenizer.json is gone" in str(failed.value)
     shutil.rmtree(src)
     with pytest.raises(CheckpointError, match="src does not exist"):
@@ -155,12 +155,12 @@ def test_source_that_vanishes_meanwhile(src, want, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         quantize_checkpoint(
             *(src, tmp_path / "dst"),
-            max_shard_bytes=SHARD_BYTES,
+            max_shard_size=SHARD_BYTES,
             progress=lambda *step: src.exists() and os.rename(src, kept),
         )
     assert not (tmp_path / "dst").exists()
     os.rename(kept, src)
-    quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SHARD_BYTES, resume=True)
+    quantize_checkpoint(src, tmp_path / "dst", max_shard_size=SHARD_BYTES, resume=True)
     assert contents(tmp_path / "dst") == want
 
 
@@ -176,9 +176,9 @@ def test_disk_that_fills(src, want, tmp_path, monkeypatch):
 
     monkeypatch.setattr(output.Output, "_write", full)
     with pytest.raises(CheckpointError, match="No space left on device.*--resume continues once there is room"):
-        quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SHARD_BYTES)
+        quantize_checkpoint(src, tmp_path / "dst", max_shard_size=SHARD_BYTES)
     assert not (tmp_path / "dst").exists() and contents(src) == before
-    report = quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SHARD_BYTES, resume=True)
+    report = quantize_checkpoint(src, tmp_path / "dst", max_shard_size=SHARD_BYTES, resume=True)
     assert report.resumed_bytes and contents(tmp_path / "dst") == want
 
 
@@ -199,7 +199,7 @@ def test_replacing_is_remembered(src, want, tmp_path):
     before = contents(dst)
     interrupted(src, dst, 3, overwrite=True)
     assert contents(dst) == before
-    quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, resume=True)
+    quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, resume=True)
     assert contents(dst) == want
 
 
@@ -207,14 +207,14 @@ def test_killed_after_the_rename(src, want, tmp_path, monkeypatch):
     dst = tmp_path / "dst"
     with monkeypatch.context() as patch:
         patch.setattr(staging.Stage, "release", lambda self, discard: self._lock.release())
-        quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES)
+        quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES)
     assert staging.unfinished_folder(dst).is_dir()
-    quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, resume=True)
+    quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, resume=True)
     assert contents(dst) == want and not staging.unfinished_folder(dst).exists()
 
 
 def test_manifest(src, tmp_path):
-    quantize_checkpoint(src, tmp_path / "dst", max_shard_bytes=SHARD_BYTES)
+    quantize_checkpoint(src, tmp_path / "dst", max_shard_size=SHARD_BYTES)
     listing = json.loads((tmp_path / "dst" / "fourbit_manifest.json").read_text())
     assert listing["format"] == 1 and listing["fourbit"] == fourbit.__version__
     assert listing["totals"]["quantized"] == 4

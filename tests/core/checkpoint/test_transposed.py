@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import fourbit
 from fourbit.checkpoint import Checkpoint, CheckpointError
 from fourbit.checkpoint.compare import compare_checkpoints
+from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.plan import transposed
 from fourbit.checkpoint.quantize import quantize_checkpoint
@@ -31,9 +34,9 @@ def folders(tmp_path):
 
 def test_it_is_written_as_memory_has_it(folders):
     model = fourbit.quantize_model(gpt2(), CONFIG)
+    assert transposed(Compound(folders / "small")) == set(CONV1D)
     with Checkpoint(folders / "small") as checkpoint:
         assert set(checkpoint.quantized()) == {*CONV1D, "action.weight"}
-        assert transposed(checkpoint) == set(CONV1D)
         for name in checkpoint.quantized():
             layer = model.get_submodule(name.rpartition(".")[0])
             packed, state = checkpoint.read_4bit(name)
@@ -84,6 +87,25 @@ def test_an_unfinished_run_goes_on(folders, monkeypatch):
     monkeypatch.setattr("fourbit.checkpoint.plan.is_transposed", lambda model_type, module: False)
     with pytest.raises(CheckpointError, match="exists"):
         quantize_checkpoint(folders / "plain", folders / "other", CONFIG, resume=True)
+
+
+def test_as_one_of_several_models(tmp_path):
+    """A text encoder of a pipeline, beside a model whose layers of the same names are others."""
+    (tmp_path / "src").mkdir()
+    for folder, config in (("text_encoder", GPT2), ("transformer", {"model_type": "gpt_bigcode"})):
+        folder_of(gpt2(), tmp_path / "src" / folder, config)
+    index = {"_class_name": "Pipeline", **dict.fromkeys(("text_encoder", "transformer"), ["transformers", "Model"])}
+    (tmp_path / "src" / "model_index.json").write_text(json.dumps(index))
+    planned = quantize_checkpoint(tmp_path / "src", tmp_path / "4", CONFIG).plan
+    assert {t.name for t in planned.quantized if t.transposed} == {f"text_encoder/{name}" for name in CONV1D}
+    assert all(t.modules == (t.module,) and t.name == f"{t.module}.weight" for t in planned.quantized)
+    dequantize_checkpoint(tmp_path / "4", tmp_path / "back")
+    found = compare_checkpoints(tmp_path / "src", tmp_path / "4")
+    assert not found.errors and all(t.identical or t.sqnr_db > 15 for t in found.tensors)
+    for folder in ("text_encoder", "transformer"):
+        source, back = (load_file(tmp_path / place / folder / "model.safetensors") for place in ("src", "back"))
+        assert {n: t.shape for n, t in source.items()} == {n: t.shape for n, t in back.items()}
+        assert all((back[n] - t).norm() < 0.2 * t.norm() for n, t in source.items())
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SHARD = "model-00001-of-00007.safetensors"
 @pytest.fixture
 def folder(tmp_path):
     src = write_folder(tmp_path / "src")
-    report = quantize_checkpoint(src, tmp_path / "dst", fourbit.QuantConfig(double_quant=True), max_shard_bytes=5000)
+    report = quantize_checkpoint(src, tmp_path / "dst", fourbit.QuantConfig(double_quant=True), max_shard_size=5000)
     assert SHARD in report.files
     return tmp_path / "dst"
 

@@ -45,13 +45,13 @@ def folders(tmp_path_factory):
 def test_quantize(folders):
     value = folders[2]
     keys = {"dry_run", "source", "destination", "files", "bytes_before", "bytes_after", "copied", "left_out"}
-    assert set(value) == keys | {"skipped", "resumed_bytes", "seconds", "leftovers", "plan"}
+    assert set(value) == keys | {"skipped", "resumed_bytes", "seconds", "leftovers", "models", "plan"}
     assert set(value["plan"]) == PLAN and set(value["plan"]["tensors"][0]) == PLANNED
 
 
 def test_quantize_dry_run(folders, tmp_path):
     value = run("quantize", folders[0], tmp_path / "new", "--dry-run")
-    assert {"dry_run", "bytes_written"} | PLAN <= set(value) and set(value["tensors"][0]) == PLANNED
+    assert {"dry_run", "bytes_written", "models"} | PLAN <= set(value) and set(value["tensors"][0]) == PLANNED
 
 
 def test_dequantize(folders, tmp_path):
@@ -62,7 +62,7 @@ def test_dequantize(folders, tmp_path):
 
 def test_inspect(folders):
     value = run("inspect", folders[1])
-    keys = {"path", "kind", "files", "parameters", "quantized_parameters", "bytes", "tensors"}
+    keys = {"path", "kind", "models", "files", "parameters", "quantized_parameters", "bytes", "tensors"}
     assert set(value) == keys | {"bits_per_quantized_parameter", "bits_per_parameter"}
     assert set(value["tensors"][0]) == INSPECTED
 

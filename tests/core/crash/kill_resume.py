@@ -9,6 +9,7 @@ kills go to the real command. POSIX only.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -51,6 +52,18 @@ def make_source(folder: Path) -> Path:
     return folder
 
 
+def make_pipeline(folder: Path) -> Path:
+    """The same model twice in a pipeline of diffusers, to be quantized and to be carried over."""
+    folder.mkdir()
+    for name in ("transformer", "vae"):
+        make_source(folder / name)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text("{}" * 1000)
+    listed = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (folder / "model_index.json").write_text(json.dumps(listed))
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -63,7 +76,7 @@ def fork_run(src: Path, dst: Path) -> int:
         return pid
     status = 1
     try:
-        quantize_checkpoint(src, dst, resume=True, max_shard_bytes=SHARD_BYTES)
+        quantize_checkpoint(src, dst, resume=True, max_shard_size=SHARD_BYTES)
         status = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -131,12 +144,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=50, help="kills that must hit a running process")
     parser.add_argument("--command-points", type=int, default=3, help="kills of the real command besides")
+    parser.add_argument("--pipeline", action="store_true", help="a folder of several models instead of one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # no pool of threads, which a fork would lack
     output.SYNC_SECONDS = 0.0  # a small model's run would be over before anything is noted
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        src = make_source(work / "src")
+        src = (make_pipeline if options.pipeline else make_source)(work / "src")
         source = contents(src)
         begin = time.monotonic()
         assert finish(fork_run(src, work / "want")) == 0

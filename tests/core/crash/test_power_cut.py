@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -15,7 +16,7 @@ from fourbit.checkpoint import CheckpointError, output, snapshot
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.checkpoint.verify import verify_checkpoint
 from tests.core.crash.power_cut import Disk, put
-from tests.folders import contents, write_folder
+from tests.folders import contents, write_folder, write_pipeline
 
 SHARD_BYTES = 3000
 
@@ -29,7 +30,7 @@ def within(tree, folder):
 
 
 def run(src, dst, **options):
-    return quantize_checkpoint(src, dst, max_shard_bytes=SHARD_BYTES, **options)
+    return quantize_checkpoint(src, dst, max_shard_size=SHARD_BYTES, **options)
 
 
 @pytest.fixture
@@ -73,6 +74,22 @@ def by_content(monkeypatch):
 
 def test_a_new_folder(src, tmp_path, states_of):
     """There is no destination, or it is whole; resuming gives the same bytes; what is said to be done stays."""
+    new_folder(src, tmp_path, states_of)
+
+
+def test_a_new_folder_of_several_models(tmp_path, states_of, monkeypatch):
+    """The same of a pipeline, whose weight files are in subfolders."""
+    monkeypatch.setattr(output, "SYNC_SECONDS", 0)
+    src = write_pipeline(tmp_path / "src", layers=1)
+    for name in ("scheduler", "text_encoder"):
+        shutil.rmtree(src / name)
+    listed = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (src / "model_index.json").write_text(json.dumps(listed))
+    assert len(run(src, tmp_path / "whole").files) == 4  # the vae in three
+    new_folder(src, tmp_path, states_of)
+
+
+def new_folder(src, tmp_path, states_of):
     run(src, tmp_path / "want")
     want = contents(tmp_path / "want")
     (root := tmp_path / "disk").mkdir()

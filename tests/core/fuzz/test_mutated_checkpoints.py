@@ -78,7 +78,7 @@ def test_with_manifest_nothing_passes(place, cases):
     """Of a folder with a manifest any file is broken anywhere: it verifies only if it says the same as before."""
     sound, folder = place / "sound", place / "broken"
     write(material.Case(dict(material.bases()["plain-shards"])), place / "src")
-    quantize_checkpoint(place / "src", sound, CONFIG, max_shard_bytes=1500)
+    quantize_checkpoint(place / "src", sound, CONFIG, max_shard_size=1500)
     files = {path.name: path.read_bytes() for path in sound.iterdir()}
     want, ok = oracle.contents(sound), 0
     assert verify_checkpoint(sound).ok and len(files) > 4

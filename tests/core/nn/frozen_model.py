@@ -43,6 +43,6 @@ def assert_same(model, before):
 
 def assert_guarded(model):
     for name, tensor in storage(model).items():
-        assert type(tensor) is FrozenTensor, f"{name} is a {type(tensor).__name__}"
+        assert isinstance(tensor, FrozenTensor), f"{name} is a {type(tensor).__name__}"
         assert isinstance(tensor, nn.Parameter) == (name in ("qweight", "scales"))
     assert {"base.qweight", "base.scales", "adapter.weight"} <= {name for name, _ in model.named_parameters()}

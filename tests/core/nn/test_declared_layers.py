@@ -12,7 +12,7 @@ from torch import nn
 import fourbit
 from fourbit.checkpoint import Checkpoint
 from fourbit.checkpoint.quantize import quantize_checkpoint
-from fourbit.nn import Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
+from fourbit.nn import Conv1D4bit, Embedding4bit, ExpertWeights4bit, Linear4bit, PackedModule
 from fourbit.nn.packed import REPLACEMENTS, options, replacement
 from fourbit.nn.quantize import swap
 from fourbit_gpu.warmup import warmup
@@ -141,6 +141,7 @@ def test_what_was_put_is_taken_back_in_its_place():
 
 LAYERS = {
     "linear": lambda **how: Linear4bit(64, 32, **how),
+    "transposed": lambda **how: Conv1D4bit(64, 32, **how),
     "embedding": lambda **how: Embedding4bit(32, 64, **how),
     "experts": lambda **how: ExpertWeights4bit((4, 32, 64), **how),
     "experts whose blocks run across them": lambda **how: ExpertWeights4bit((4, 3, 32), **how),
@@ -153,8 +154,8 @@ def test_what_ours_say_of_themselves(kind, double_quant):
     layer = LAYERS[kind](blocksize=64, double_quant=double_quant, dtype=torch.bfloat16)
     query = layer.query()
     assert (query.device, query.dtype, query.blocksize) == (torch.device("cpu"), torch.bfloat16, 64)
-    assert query.op == ("linear_4bit" if kind in ("linear", "experts") else "embedding_4bit")
-    assert query.nested == (double_quant and kind != "experts"), "an expert's scales are decoded first"
+    ops = {"linear": "linear_4bit", "transposed": "linear_4bit", "embedding": "embedding_4bit"}
+    assert query.op == ops.get(kind, "grouped_linear_4bit") and query.nested == double_quant
     assert fourbit.explain(layer).query == query
     assert fourbit.explain(layer, dtype=torch.float32, blocksize=32).query == replace(
         query, dtype=torch.float32, blocksize=32

@@ -156,7 +156,7 @@ def test_what_reads_gets_ordinary_numbers():
         assert type(result) is torch.Tensor
     assert torch.equal((qweight >> 4) & 15, torch.from_numpy(qweight.numpy() >> 4))
     assert torch.zeros(64, 48).copy_(qweight).equal(qweight.float())
-    assert "FrozenTensor" in repr(qweight) and qweight.shape == (64, 48) and not qweight.requires_grad
+    assert "FrozenCodes" in repr(qweight) and qweight.shape == (64, 48) and not qweight.requires_grad
 
 
 def test_those_who_take_all_parameters():

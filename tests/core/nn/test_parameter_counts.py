@@ -45,14 +45,13 @@ def test_stacked_experts():
     assert count(layer) == layer.numel() == 4 * 32 * 64
 
 
-def test_what_is_no_parameter_has_its_own_elements():
+def test_what_is_no_parameter_of_a_module_has_its_own_elements():
     layer = Linear4bit.from_linear(nn.Linear(64, 48))
     own = 64 * 48 // 2
     q = layer.qweight
     for other in (q.detach(), q.data, q.view(-1), q.clone(), q.half(), copy.deepcopy(q), layer.state_dict()["qweight"]):
         assert other.numel() == own
     assert pickle.loads(pickle.dumps(q)).numel() == own
-    assert nn.Parameter(q, requires_grad=False).numel() == own
     assert torch.numel(q) == own
     assert layer.packed_weight().packed.numel() == own
 
@@ -88,3 +87,13 @@ def test_sharders_that_go_by_numel_see_elements():
     layer.qweight.ds_status = layer.scales.ds_status = "available"
     assert layer.qweight.numel() == layer.qweight.nelement()
     assert layer.scales.numel() == layer.scales.nelement() == 48
+
+
+def test_parameters_that_a_library_makes_anew():
+    """accelerate's offloading makes `type(old)(value, requires_grad=False)` and puts it into `_parameters`."""
+    layer = Linear4bit.from_linear(nn.Linear(64, 48))
+    for device in ("meta", "cpu"):
+        for name in ("qweight", "scales"):
+            old = layer._parameters[name]
+            layer._parameters[name] = type(old)(torch.empty_like(old, device=device), requires_grad=False).to(device)
+        assert count(layer) == 48 * 64 + 48

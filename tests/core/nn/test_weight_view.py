@@ -146,6 +146,12 @@ def test_expert_views(shape, double_quant):
 def test_writing_one_expert_leaves_the_others():
     torch.manual_seed(0)
     experts = ExpertWeights4bit.from_parameter(torch.randn(4, 32, 64))
+    w = torch.randn(4, 32, 64)
+    experts.data = w
+    assert torch.equal(experts.dequantize(), ExpertWeights4bit.from_parameter(w).dequantize())
+    before = experts.dequantize()
+    experts.data *= 2
+    assert torch.equal(experts.dequantize(), before * 2) and "data" not in experts.__dict__
     before = experts.dequantize()
     with torch.no_grad():
         experts[2].fill_(3.0)

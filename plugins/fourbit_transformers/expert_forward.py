@@ -1,0 +1,120 @@
+"""The experts implementation "fourbit" of transformers 5: all experts of a projection in one 4-bit product.
+
+Importing this module registers it. transformers' modules of stacked experts then take it by name
+(`config._experts_implementation`, `model.set_experts_implementation("fourbit")`); `experts.use_fourbit_experts` sets it
+where a model has such weights in 4 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+
+from fourbit.nn import ExpertWeights4bit
+
+
+class _Name(str):
+    """A name that is pickled as a look-up here: whoever unpickles a model has the implementation registered."""
+
+    def __reduce__(self) -> str:
+        return "IMPLEMENTATION"
+
+
+IMPLEMENTATION = _Name("fourbit")
+"""Its name among transformers' experts implementations."""
+
+
+class AdaptedExperts:
+    """Stacked weights with low-rank updates beside them, which stand in the place of the weights during a forward.
+
+    Attributes:
+        weights: in 4 bits.
+        updates: `(left, right, scaling)` of each adapter: scaling · left[e] @ right[e] is what it adds to weights[e].
+    """
+
+    def __init__(self, weights: ExpertWeights4bit, updates: list[tuple[Tensor, Tensor, float]]) -> None:
+        self.weights = weights
+        self.updates = updates
+
+
+def grouped_linear(weights: Any, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """Rows of x [T, in], sorted by expert and ending at `offsets`, times each one's matrix: [T, out].
+
+    `weights` [experts, out, in], with `transposed` [experts, in, out], are in 4 bits, with or without adapters, or in
+    16 or 32 bit. What is in rows after the last offset is undefined.
+    """
+    if isinstance(weights, AdaptedExperts):
+        y = grouped_linear(weights.weights, x, offsets, transposed)
+        for left, right, scaling in weights.updates:
+            first, second = (left, right) if transposed else (right, left)
+            y = y + scaling * _dense(second, _dense(first, x.to(y.dtype), offsets, transposed), offsets, transposed)
+        return y
+    if isinstance(weights, ExpertWeights4bit):
+        y4: Tensor = weights(x, offsets, transposed)
+        return y4
+    return _dense(weights, x, offsets, transposed)
+
+
+def _dense(weights: Tensor, x: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """transformers' grouped product. torch's, which it runs on, wants rows of whole 16 bytes: others are filled up."""
+    unit = 16 // weights.element_size()
+    rows, columns = (-size % unit for size in weights.shape[-2:])
+    if not rows and not columns:
+        y: Tensor = _grouped_linear(x, weights.contiguous(), offsets, is_transposed=transposed)
+        return y
+    out = weights.shape[-1 if transposed else -2]
+    x = nn.functional.pad(x, (0, rows if transposed else columns))
+    weights = nn.functional.pad(weights, (0, columns, 0, rows))
+    y = _grouped_linear(x, weights, offsets, is_transposed=transposed)
+    return y[:, :out]
+
+
+def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of a module of stacked experts: hidden_states [T, hidden] to the weighted sum of its experts'.
+
+    top_k_index and top_k_weights are [T, k]. An index of `num_experts` or more (another rank's expert, under expert
+    parallelism) adds nothing. Of what is computed nothing depends on values on the host.
+    """
+    tokens, k = top_k_index.shape
+    experts, order = torch.sort(top_k_index.reshape(-1))
+    numbers = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
+    offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+    x = hidden_states[order // k]
+    elsewhere = None
+    if getattr(self, "_is_expert_parallel", True):  # older versions do not say
+        elsewhere = (experts >= self.num_experts).unsqueeze(-1)
+        experts = experts.clamp(max=self.num_experts - 1)  # they have no bias here
+        x = x.masked_fill(elsewhere, 0)  # and no gradient
+
+    def project(name: str, x: Tensor) -> Tensor:
+        y = grouped_linear(getattr(self, name), x, offsets, self.is_transposed)
+        if elsewhere is not None:
+            y = y.masked_fill(elsewhere, 0)
+        return y + getattr(self, f"{name}_bias")[experts] if self.has_bias else y
+
+    if self.has_gate:
+        y = self._apply_gate(project("gate_up_proj", x))
+    else:
+        y = self.act_fn(project("up_proj", x))
+    y = project("down_proj", y)
+    if getattr(self, "has_post_expert_norm", False):
+        y = self.post_expert_norm(y)
+    weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    if elsewhere is not None:
+        weights = weights.masked_fill(elsewhere, 0)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
+    # gathered and summed, not added by index: that has no fixed order on GPUs
+    summed: Tensor = (y * weights)[back].view(tokens, k, -1).sum(1)
+    return summed.to(hidden_states.dtype)
+
+
+def implementation(module: nn.Module) -> str | None:
+    """The experts implementation that its forward runs; None where it is no such module, but has a loop of its own."""
+    config: Any = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) if hasattr(module, "is_transposed") else None
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, fourbit_experts_forward)
