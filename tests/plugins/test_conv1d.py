@@ -19,8 +19,7 @@ try:
     import transformers
     from transformers.pytorch_utils import Conv1D
 
-    from tests.plugins.transformers_models import MODELS, make
-    from tests.plugins.transformers_routed import CONV1D
+    from tests.plugins.zoo.models import ZOO
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -30,7 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-ALL = {"gpt2": MODELS["gpt2"], **CONV1D}
+ALL = (
+    *("GPT2LMHeadModel", "GPT2ForSequenceClassification", "OpenAIGPTLMHeadModel", "ImageGPTForCausalImageModeling"),
+    *("DecisionTransformerModel", "ClvpForCausalLM", "VisionEncoderDecoderModel ViT, GPT-2"),
+)
 CONFIG = fourbit.QuantConfig(blocksize=64)
 
 
@@ -41,7 +43,7 @@ def folders(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            model, folder = make(ALL[name]).float(), tmp_path_factory.mktemp(name.replace(" ", "-")) / "plain"
+            model, folder = ZOO[name].build().float(), tmp_path_factory.mktemp(name.split()[0]) / "plain"
             model.config.pad_token_id = 0
             model.save_pretrained(folder)
             made[name] = model, folder
@@ -136,7 +138,7 @@ def test_dequantized_the_folder_is_plain_transformers_again(name, folders, tmp_p
 @pytest.mark.parametrize("double_quant", (False, True))
 def test_a_folder_of_bitsandbytes_is_one_of_ours(folders, tmp_path, double_quant):
     bitsandbytes()
-    model, folder = folders("gpt2")
+    model, folder = folders("GPT2LMHeadModel")
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
     how |= {"bnb_4bit_compute_dtype": "float32"}
     theirs = load(type(model), folder, quantization_config=transformers.BitsAndBytesConfig(**how))
@@ -181,7 +183,7 @@ def test_peft_takes_it_for_a_linear_layer(method, folders):
         skip_or_fail("peft is not installed: adapters are not tried")
     import peft
 
-    model, folder = folders("gpt2")
+    model, folder = folders("GPT2LMHeadModel")
     base = fourbit.quantize_model(load(type(model), folder), CONFIG)
     before, targets = outputs(base), ["c_attn", "c_proj", "c_fc"]
     if method == "IA3":
@@ -213,7 +215,7 @@ def test_an_adapter_of_the_16_bit_model_fits(folders, tmp_path):
         skip_or_fail("peft is not installed: adapters are not tried")
     import peft
 
-    model, folder = folders("gpt2")
+    model, folder = folders("GPT2LMHeadModel")
     config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], init_lora_weights=False, fan_in_fan_out=True)
     torch.manual_seed(1)
     plain = peft.get_peft_model(load(type(model), folder), config).eval()
@@ -233,7 +235,7 @@ def test_quantized_and_dequantized_within_an_adapter(dora, folders):
         skip_or_fail("peft is not installed: adapters are not tried")
     import peft
 
-    model, folder = folders("gpt2")
+    model, folder = folders("GPT2LMHeadModel")
     targets = ["c_attn", "attn.c_proj"]
     how = {"target_modules": targets, "init_lora_weights": False, "use_dora": dora, "fan_in_fan_out": True}
     torch.manual_seed(1)
@@ -251,7 +253,7 @@ def test_quantized_and_dequantized_within_an_adapter(dora, folders):
 
 
 def test_dequantized_in_memory_it_is_what_it_was(folders, tmp_path):
-    model, folder = folders("gpt2")
+    model, folder = folders("GPT2LMHeadModel")
     found = fourbit.quantize_model(load(type(model), folder), CONFIG)
     first, second = (found.transformer.h[0].attn.c_proj, found.transformer.h[0].attn.c_attn)
     values, want = first.dequantize(), outputs(found)

@@ -16,7 +16,7 @@ try:
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
     from fourbit_transformers import load
-    from tests.plugins.transformers_models import MODELS
+    from tests.plugins.zoo.models import ZOO
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -52,7 +52,7 @@ def falcon_4bit():
 @torch.no_grad()
 def test_a_declared_layer_is_planned_and_loaded(falcon_4bit, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = MODELS["falcon"]().eval()
+    model = ZOO["FalconForCausalLM"].build()
     model.save_pretrained(tmp_path / "src")
     stored, held = fourbit.plan(tmp_path / "src"), fourbit.plan(model)
     assert {t.module for t in stored.quantized} == {t.module for t in held.quantized}

@@ -1,21 +1,19 @@
-"""A model's own word on its tensors: the folder and quantize_model decide alike and come to the same bits."""
+"""A model's own word on its tensors: which gates are routers, which layers are tied, which are Conv1D.
+
+That a folder and quantize_model decide alike, and come to the same bits, the zoo tries for every class.
+"""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 import fourbit
-from fourbit.checkpoint import Checkpoint
-from fourbit.checkpoint.quantize import quantize_checkpoint
-from fourbit.nn import Conv1D4bit, ExpertWeights4bit, PackedModule
 from tests.support import skip_or_fail
 
 try:
     import transformers
 
-    from tests.plugins.transformers_models import MODELS, make
-    from tests.plugins.transformers_routed import CONV1D, OTHERS, ROUTED
+    from tests.plugins.zoo.models import ZOO
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -24,7 +22,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-ALL = {**MODELS, **ROUTED, **OTHERS, **CONV1D}
+ROUTED = (
+    *("JambaForCausalLM", "NemotronHForCausalLM", "Qwen3NextForCausalLM", "JetMoeForCausalLM", "PhimoeForCausalLM"),
+    *("Llama4ForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DbrxForCausalLM", "GptOssForCausalLM"),
+    *("SwitchTransformersForConditionalGeneration", "NllbMoeForConditionalGeneration"),
+)
+"""Mixtures of experts, each with a router of another make."""
+
 ROUTER = "router of a mixture of experts"
 CONFIG = fourbit.QuantConfig(blocksize=64)
 
@@ -36,49 +40,13 @@ def folders(tmp_path_factory):
 
     def get(name):
         if name not in made:
-            model, folder = make(ALL[name]), tmp_path_factory.mktemp(name.replace(" ", "-")) / "plain"
+            model, folder = ZOO[name].build(), tmp_path_factory.mktemp(name.split()[0]) / "plain"
             model.save_pretrained(folder)
             made[name] = model, folder
         return made[name]
 
     transformers.logging.disable_progress_bar()
     return get
-
-
-def decisions(planned):
-    """What becomes of each module's matrices. A stack of experts and the matrices that a folder has of it are alike."""
-    alike = {"stacked expert weights": "quantize", "linear weight": "quantize"}
-    found = {}
-    for t in planned.tensors:
-        if len(t.shape) > 1 and not t.rule.startswith("tied to "):  # the folder has but one of those
-            found.setdefault(t.module, set()).add(alike.get(t.rule, t.rule))
-    return found
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_folder_and_memory_decide_alike_and_come_to_the_same_bits(name, folders, tmp_path):
-    model, folder = folders(name)
-    stored, held = fourbit.plan(folder, CONFIG), fourbit.plan(model, CONFIG)
-    assert stored.described_by.startswith(f"{type(model).__name__} of transformers ")
-    assert decisions(stored) == decisions(held) and stored.left_modules == held.left_modules
-    assert stored.quantized_parameters == held.quantized_parameters
-    if not stored.quantized:
-        return
-    quantize_checkpoint(folder, tmp_path / "small", CONFIG)
-    made = fourbit.quantize_model(make(ALL[name]), CONFIG)
-    layers = {n: m for n, m in made.named_modules() if isinstance(m, PackedModule)}
-    compared = set()
-    with Checkpoint(tmp_path / "small") as checkpoint:
-        for t in stored.quantized:
-            layer = layers.get(t.module)
-            if layer is None:  # one of a stack: its parameter's name is not the folder's
-                continue
-            packed, state = checkpoint.read_4bit(t.name)
-            own, own_state = layer.quant_state()
-            assert torch.equal(packed.flatten(), own.flatten()) and torch.equal(state.absmax, own_state.absmax), t.name
-            assert state.shape == own_state.shape and isinstance(layer, Conv1D4bit) == t.transposed
-            compared.add(t.module)
-    assert compared == {n for n, layer in layers.items() if not isinstance(layer, ExpertWeights4bit)}
 
 
 def rules(planned):
@@ -96,12 +64,12 @@ def test_routers_stay_and_nothing_else_does(name, folders):
 
 
 def test_a_gate_that_is_no_router_is_quantized(folders):
-    found = rules(fourbit.plan(folders("d-fine")[0]))
+    found = rules(fourbit.plan(folders("DFineForObjectDetection")[0]))
     gates = {rule for tensor, rule in found.items() if "gateway.gate" in tensor}
     assert gates == {"linear weight"}
 
 
-@pytest.mark.parametrize("name", ("d-fine", "rt-detr-v2"))
+@pytest.mark.parametrize("name", ("DFineForObjectDetection", "RTDetrV2ForObjectDetection"))
 def test_linear_layers_that_the_model_ties_stay(name, folders):
     """transformers saves one of them, and ties 16-bit weights while loading."""
     model, _ = folders(name)
@@ -115,12 +83,12 @@ def test_conv1d_is_what_the_class_says(folders):
     """gpt_bigcode calls nn.Linear by the same names; decision_transformer has both."""
     kinds = {
         name: {t.module.rpartition(".")[2]: t.kind for t in fourbit.plan(folders(name)[1]).quantized}
-        for name in ("gpt2", "gpt-bigcode", "decision-transformer")
+        for name in ("GPT2LMHeadModel", "GPTBigCodeForCausalLM", "DecisionTransformerModel")
     }
     names = ("c_attn", "c_proj", "c_fc")
-    assert kinds["gpt2"] == dict.fromkeys(names, "transposed")
-    assert kinds["gpt-bigcode"] == dict.fromkeys(names, "linear")
+    assert kinds["GPT2LMHeadModel"] == dict.fromkeys(names, "transposed")
+    assert kinds["GPTBigCodeForCausalLM"] == dict.fromkeys(names, "linear")
     assert (
-        kinds["decision-transformer"].items()
+        kinds["DecisionTransformerModel"].items()
         >= {**dict.fromkeys(names, "transposed"), "predict_state": "linear"}.items()
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.plugins.zoo.entry import SMALL, Entry
+from tests.plugins.zoo.entry import SMALL, Entry, tokens
 
 _WHISPER = {"vocab_size": 128, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
 _WHISPER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "num_mel_bins": 8}
@@ -25,6 +25,8 @@ _MUSIC |= {"num_codebooks": 2, "pad_token_id": 128, "bos_token_id": None}
 _T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "model_type": "t5"}
 _ENCODEC = {"model_type": "encodec", "num_filters": 4, "upsampling_ratios": [4, 2], "codebook_size": 32}
 _ENCODEC |= {"hidden_size": 16, "num_lstm_layers": 1, "audio_channels": 1}
+_CLVP = {"vocab_size": 128, "hidden_size": 64, "n_inner": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+_CLVP |= {"num_mel_attn_blocks": 1, "feature_size": 16}
 _AST = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 _AST |= {"max_length": 32, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 8}
 
@@ -68,5 +70,6 @@ AUDIO = (
     _audio(
         "MusicgenForConditionalGeneration", {"text_encoder": _T5, "audio_encoder": _ENCODEC, "decoder": _MUSIC}, _music
     ),
+    _audio("ClvpForCausalLM", _CLVP, tokens),
     _audio("ASTForAudioClassification", _AST, lambda: {"input_values": torch.randn(1, 32, 16)}),
 )

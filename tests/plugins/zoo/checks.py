@@ -62,6 +62,11 @@ def examine(entry: Entry, folder: Path) -> Row:
     in_16_bit = fair_test(entry, folder)
     plain = load(entry, folder / "plain")
     stored, held = fourbit.plan(folder / "plain"), fourbit.plan(plain)
+    assert stored.described_by.startswith(f"{entry.kind} of transformers ")
+    found, wanted = decisions(stored), decisions(held)
+    # some of what a model has is computed, and in no folder
+    assert found == {name: rules for name, rules in wanted.items() if name in found or "quantize" in rules}
+    assert stored.left_modules == held.left_modules
     divided = {module for t in stored.quantized if len(t.modules) > 1 for module in t.modules}
     config = options(entry, apart=kinds(held) - kinds(stored) == {"experts"} or bool(divided))
     in_memory = fourbit.quantize_model(plain, config)
@@ -107,6 +112,19 @@ def fair_test(entry: Entry, folder: Path) -> Tensor:
     found = entry.run(built)
     assert found.isfinite().all() and found.float().std() > 0
     assert torch.equal(entry.run(load(entry, folder / "plain")), found), "the folder has not all of the model"
+    return found
+
+
+def decisions(plan: fourbit.QuantPlan) -> dict[str, set[str]]:
+    """What becomes of each module's matrices. A stack of experts and the matrices that a folder has of it are alike."""
+    alike = {"stacked expert weights": "quantize", "linear weight": "quantize"}
+    found: dict[str, set[str]] = {}
+    for t in plan.tensors:
+        if (
+            len(t.shape) > 1 and t.rule != "buffer" and not t.rule.startswith("tied to ")
+        ):  # a folder has but one of those
+            for module in t.modules:
+                found.setdefault(module, set()).add(alike.get(t.rule, t.rule))
     return found
 
 

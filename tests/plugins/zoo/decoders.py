@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.plugins.zoo.entry import GROUPED, SMALL, Entry, tokens
 
 _GPT = {"vocab_size": 128, "n_embd": 64, "n_layer": 1, "n_head": 4, "bos_token_id": None, "eos_token_id": None}
 _OPT = {"vocab_size": 128, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 _OPT |= {"word_embed_proj_dim": 64, "max_position_embeddings": 64, "pad_token_id": 1}
 _UNGATED = {key: value for key, value in SMALL.items() if key != "intermediate_size"}
+_DECISION = {"state_dim": 8, "act_dim": 8, "hidden_size": 64, "n_layer": 1, "n_head": 4}
 
 
 def _decoder(kind, config, *, inputs=tokens, **more):
     return Entry(kind, "decoder", config, inputs, **more)
+
+
+def _episode():
+    steps = {name: torch.randn(1, 4, size) for name, size in (("states", 8), ("actions", 8), ("rewards", 1))}
+    return {**steps, "returns_to_go": torch.randn(1, 4, 1), "timesteps": torch.arange(4)[None]}
 
 
 DECODERS = (
@@ -38,7 +46,10 @@ DECODERS = (
     ),
     _decoder("PhiForCausalLM", SMALL),
     _decoder("Phi3ForCausalLM", {**GROUPED, "intermediate_size": 96}),
-    _decoder("GPT2LMHeadModel", {**_GPT, "n_layer": 2}, daily=True),
+    _decoder("GPT2LMHeadModel", _GPT, daily=True),
+    _decoder("GPT2ForSequenceClassification", {**_GPT, "pad_token_id": 0}),
+    _decoder("OpenAIGPTLMHeadModel", {"vocab_size": 128, "n_embd": 64, "n_layer": 1, "n_head": 4}),
+    _decoder("DecisionTransformerModel", _DECISION, inputs=_episode, output="state_preds"),
     _decoder("GPTNeoXForCausalLM", SMALL, daily=True),
     _decoder("GPTJForCausalLM", {**_GPT, "rotary_dim": 8}),
     _decoder("GPTBigCodeForCausalLM", _GPT),

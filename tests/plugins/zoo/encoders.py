@@ -38,6 +38,8 @@ ENCODERS = (
     _encoder("ModernBertForMaskedLM", _MODERN, daily=True),
     _encoder("EsmForMaskedLM", _ESM),
     _encoder("MPNetForMaskedLM", _BERT),
+    _encoder("NomicBertModel", _BERT, output="last_hidden_state", daily=True),
+    _encoder("GteModel", _BERT, output="last_hidden_state"),
     _encoder("FunnelForMaskedLM", {**_FUNNEL, "d_inner": 128}),
     _encoder("XLNetLMHeadModel", _XLNET, dtype=torch.float32),
 )

@@ -12,6 +12,9 @@ _DEEPSEEK = {**SMALL, "num_hidden_layers": 2, "num_key_value_heads": 4, "moe_int
 _DEEPSEEK |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _LLAMA4 = {**GROUPED, **_LOCAL, "intermediate_size_mlp": 128, "head_dim": 16, "num_experts_per_tok": 1}
 _LLAMA4 |= {"interleave_moe_layer_step": 1}
+_DBRX = {"vocab_size": 128, "d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 64}
+_DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}}
+_DBRX |= {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
 
 
 def _moe(kind, config, *, inputs=tokens, **more):
@@ -29,6 +32,8 @@ EXPERTS = (
     _moe("DeepseekV3ForCausalLM", {**_DEEPSEEK, "n_group": 2, "topk_group": 1}, daily=True),
     _moe("GptOssForCausalLM", {**GROUPED, **_LOCAL, "head_dim": 16, "sliding_window": 8}, daily=True),
     _moe("Llama4ForCausalLM", _LLAMA4),
+    _moe("JetMoeForCausalLM", {**GROUPED, **_LOCAL, "intermediate_size": 64, "kv_channels": 16}),
+    _moe("DbrxForCausalLM", _DBRX),
     _moe("HunYuanMoEV1ForCausalLM", {**GROUPED, "num_experts": 4, "moe_topk": [2], "head_dim": 16}),
     _moe("Glm4MoeForCausalLM", {**{k: v for k, v in _DEEPSEEK.items() if k not in _LATENT}, "head_dim": 16}),
     _moe(

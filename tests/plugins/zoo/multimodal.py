@@ -69,7 +69,19 @@ def _pairs():
     return {"input_ids": torch.arange(10, 34).view(2, 12), "pixel_values": torch.randn(2, 3, 16, 16)}
 
 
+_VIT_GPT2 = {
+    "encoder": {**VIT, "model_type": "vit"},
+    "decoder": {"model_type": "gpt2", "vocab_size": 128, "n_embd": 64},
+}
+_VIT_GPT2["decoder"] |= {"n_layer": 1, "n_head": 4, "add_cross_attention": True, "is_decoder": True}
+
+
+def _described():
+    return {"pixel_values": torch.randn(1, 3, 16, 16), "decoder_input_ids": torch.arange(10, 18)[None]}
+
+
 MULTIMODAL = (
+    _multimodal("VisionEncoderDecoderModel", _VIT_GPT2, _described, variant="ViT, GPT-2"),
     _multimodal("CLIPModel", _CLIP, _pairs, output="logits_per_image"),
     _multimodal(
         "SiglipModel",

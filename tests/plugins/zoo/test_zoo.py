@@ -49,7 +49,7 @@ def test_every_way_gives_the_same_model(name, tmp_path):
 
 def test_the_table_has_every_class():
     assert list(table.rows()) == list(ZOO)
-    assert len({entry.kind for entry in ZOO.values()}) >= 100
+    assert len({entry.kind for entry in ZOO.values()}) >= 120
 
 
 def test_experts_double_quantized_in_a_folder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,10 +29,9 @@ def read_by_bitsandbytes(entry: Entry, folder: Path, config: fourbit.QuantConfig
     if not (installed("bitsandbytes") and installed("accelerate")):
         skip_or_fail("bitsandbytes and accelerate are not installed: folders are not read with them")
     ours, source = load(entry, folder / "saved"), folder / "saved"
-    blocksize = whole_blocks(packed(ours), config)
-    if blocksize != config.blocksize:
-        smaller = FourbitConfig(config.quant_type, blocksize, config.double_quant)
-        ours, source = load(entry, folder / "plain", quantization_config=smaller), folder / "for-them"
+    suited = with_whole_blocks(packed(ours), config)
+    if suited != config:
+        ours, source = load(entry, folder / "plain", quantization_config=FourbitConfig.of(suited)), folder / "for-them"
         ours.save_pretrained(source)
     as_theirs(source, folder / "theirs")
     wanted = entry.run(dequantized(entry, folder / "plain", ours))
@@ -56,12 +56,16 @@ def why_not(entry: Entry, model: nn.Module, split: str) -> str:
     return f"no: the model reads `{entry.reads}`" if entry.reads else ""
 
 
-def whole_blocks(layers: dict[str, PackedModule], config: fourbit.QuantConfig) -> int:
-    """The blocksize, or a smaller one: bitsandbytes misreads rows that are no multiple of it, on the CPU."""
-    for blocksize in (config.blocksize, 64, 32):
-        if all(module.weight_shape[-1] % blocksize == 0 for module in layers.values()):
-            return blocksize
-    raise AssertionError(f"rows of {sorted({module.weight_shape[-1] for module in layers.values()})}")
+def with_whole_blocks(layers: dict[str, PackedModule], config: fourbit.QuantConfig) -> fourbit.QuantConfig:
+    """The same, or one of smaller blocks, without layers of shorter rows yet.
+
+    bitsandbytes 0.50.2 misreads rows that are no multiple of the blocksize, on the CPU.
+    """
+    rows = {name: module.weight_shape[-1] for name, module in layers.items()}
+    for blocksize in (config.blocksize, 64):
+        if all(row % blocksize == 0 for row in rows.values()):
+            return replace(config, blocksize=blocksize)
+    return replace(config, blocksize=32, skip_modules=tuple(name for name, row in rows.items() if row % 32))
 
 
 def as_theirs(source: Path, target: Path) -> None:
