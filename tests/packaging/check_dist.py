@@ -51,6 +51,7 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
         "[fourbit.commands]",
         "demo = fourbit_demo.command:demo",
         "[fourbit.models]",
+        "diffusers = fourbit_models.diffusers",
         "transformers = fourbit_models.transformers",
         "fourbit = fourbit_pytest",
         "fourbit.cli:main",

@@ -18,7 +18,7 @@ PROGRAM = """
 import importlib, json, torch
 import fourbit, fourbit_new
 names = ["fourbit", "fourbit.cli", "fourbit_pytest", "fourbit_cpu", "fourbit_gpu", "fourbit_cuda", "fourbit_rocm",
-         "fourbit_transformers", "fourbit_diffusers", "fourbit_new"]
+         "fourbit_models", "fourbit_demo", "fourbit_new"]
 files = {name: importlib.import_module(name).__file__ for name in names}
 states = {info.name: info.state for info in fourbit.backends() if info.source.startswith("fourbit ")}
 print(json.dumps([files, states]))

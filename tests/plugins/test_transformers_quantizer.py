@@ -33,7 +33,8 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-IDS = torch.arange(12)[None]
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+IDS = torch.arange(12, device=DEVICE)[None]
 
 
 def llama(**more):
@@ -79,6 +80,7 @@ def packed(model):
 
 
 def from_pretrained(folder, **arguments):
+    arguments = {"device_map": {"": DEVICE}, **arguments}
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model
@@ -94,7 +96,7 @@ def test_on_the_fly_in_memory_from_a_folder_and_saved_are_equal(name, double_qua
     quantize_checkpoint(plain, tmp_path / "cli", config)
     assert packed(loaded) == packed(held) and len(packed(loaded)) in (12, 14, 8)
     assert torch.equal(logits(loaded), logits(held))
-    stored = [from_pretrained(tmp_path / "cli"), load(tmp_path / "cli")]
+    stored = [from_pretrained(tmp_path / "cli"), load(tmp_path / "cli", device=DEVICE)]
     if name != "moe" or not double_quant:  # a stack has one mean of its scales, single matrices have many
         assert all(torch.equal(logits(each), logits(loaded)) for each in stored)
     for each, folder in ((loaded, "loaded"), (held, "held"), (stored[0], "stored")):
@@ -142,8 +144,8 @@ def test_skip_modules_and_what_other_readers_must_leave(folders, tmp_path):
 
 
 def offloaded(folder, tmp_path, **arguments):
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
-    places |= {"lm_head": "disk", "model.rotary_emb": "cpu"}
+    here = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")
+    places = {**dict.fromkeys(here, DEVICE), "model.layers.1": "disk", "lm_head": "disk"}
     return from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload", **arguments)
 
 
@@ -173,7 +175,7 @@ def test_experts_are_saved_one_by_one_under_the_hubs_names(folders, tmp_path):
         {key: t for key, t in tensors.items() if key.startswith(f"{name}.")}, prefix=f"{name}."
     )
     stack = model.model.layers[1].mlp.experts.gate_up_proj
-    assert torch.equal(fourbit.dequantize_4bit(tensors[name].reshape(-1), state), stack.dequantize()[3, 64:])
+    assert torch.equal(fourbit.dequantize_4bit(tensors[name].reshape(-1), state), stack.dequantize()[3, 64:].cpu())
 
 
 @pytest.mark.parametrize("skip", [["model.layers.0.*"], ["*.experts.1.*"], ["*.experts.*.up_proj"]])
@@ -195,7 +197,7 @@ def test_folders_with_some_experts_in_16_bit(skip, folders, tmp_path):
                 found = found if leaf == "down_proj" else found[64:] if leaf == "up_proj" else found[:64]
             else:
                 found = model.get_submodule(name.removesuffix(".weight")).dequantize()
-            assert torch.equal(found, want), name
+            assert torch.equal(found.cpu(), want), name
     for name, tensor in plain.named_parameters():
         if "norm" in name or "layers.0" in name and skip == ["model.layers.0.*"]:
             assert torch.equal(model.get_parameter(name), tensor)
@@ -262,7 +264,7 @@ def test_bitsandbytes_reads_ours(folders, tmp_path):
 
     model = from_pretrained(folders("llama"), quantization_config=FourbitConfig(blocksize=64))
     model.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, config=for_bitsandbytes(tmp_path))
+    theirs = from_pretrained(tmp_path, config=for_bitsandbytes(tmp_path))
     layers = [name for name, module in theirs.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert sorted(layers) == packed(model)
     assert torch.allclose(logits(theirs), logits(model), atol=0.02)
@@ -323,8 +325,8 @@ def test_a_model_quantized_in_part_cannot_be_mistaken(folders, tmp_path):
 
 def test_threads_at_once_leave_no_trace(folders, tmp_path):
     from_pretrained(folders("llama"), quantization_config=FourbitConfig()).save_pretrained(tmp_path)
-    want, found = logits(load(tmp_path)), []
-    threads = [threading.Thread(target=lambda: found.append(logits(load(tmp_path)))) for _ in range(3)]
+    want, found = logits(load(tmp_path, device=DEVICE)), []
+    threads = [threading.Thread(target=lambda: found.append(logits(load(tmp_path, device=DEVICE)))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
