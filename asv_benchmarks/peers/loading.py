@@ -115,9 +115,9 @@ def load(case: str, folder: str, device: str) -> dict[str, Any]:
     if on_gpu:
         torch.zeros(1, device=device)
         torch.cuda.synchronize()
-    found: dict[str, Any] = {"seconds": 0.0, "bytes": 0, "device_peak": 0, "kind": ""}
+    found: dict[str, Any] = {"seconds": 0.0, "cpu": 0.0, "bytes": 0, "device_peak": 0, "kind": ""}
     if case != EMPTY:
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), time.process_time()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device}, **more)
         tensors = [*model.parameters(), *model.buffers()]
         states = [state for t in tensors if (state := getattr(t, "quant_state", None)) is not None]
@@ -126,7 +126,7 @@ def load(case: str, folder: str, device: str) -> dict[str, Any]:
             tensor.detach().reshape(-1).view(torch.uint8)[::PAGE].sum()
         if on_gpu:
             torch.cuda.synchronize()
-        found["seconds"] = time.perf_counter() - begin
+        found["seconds"], found["cpu"] = time.perf_counter() - begin, time.process_time() - before
         found["bytes"] = sum(t.nbytes for t in tensors)
         found["kind"] = type(model.model.layers[0].mlp.up_proj).__module__
     if on_gpu:
@@ -143,6 +143,8 @@ class Case:
     kind: str
     """The package of the layers that it has to give, so that no column says another's name."""
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Seconds of all threads, which say more than the clock where others are busy too."""
     peaks: list[int] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
     device_peaks: list[int] = field(default_factory=list)
@@ -166,6 +168,7 @@ class Case:
         if not found["kind"].startswith(self.kind):
             sys.exit(f"{self.name}: the layers are of {found['kind']}")
         self.seconds.append(found["seconds"])
+        self.cpu.append(found["cpu"])
         self.peaks.append(peak)
         self.resident.append(resident)
         self.device_peaks.append(found["device_peak"])
@@ -238,21 +241,15 @@ def show(cases: dict[str, Case], largest: int, judged: list[Verdict], on_gpu: bo
     """The table."""
     empty = median(cases[EMPTY].peaks)
     print(f"largest tensor {largest / 1e6:,.1f} MB; memory in MB, medians of {len(cases[EMPTY].peaks)} processes")
-    print(
-        f"{'':30}{'seconds':>9}{'from':>8}{'to':>8}{'model':>10}{'RssAnon':>10}{'over empty':>12}{'VmHWM':>9}", end=""
-    )
+    columns = {"seconds": 9, "from": 8, "to": 8, "CPU": 8, "model": 10, "RssAnon": 10, "over empty": 12, "VmHWM": 9}
+    print(" " * 30 + "".join(f"{name:>{width}}" for name, width in columns.items()), end="")
     print(f"{'on device':>11}" if on_gpu else "")
     for case in cases.values():
-        times = (
-            ""
-            if case.name == EMPTY
-            else "".join(
-                f"{value:>{width}.2f}"
-                for value, width in ((median(case.seconds), 9), (min(case.seconds), 8), (max(case.seconds), 8))
-            )
-        )
+        seconds, times = case.seconds, ""
+        if case.name != EMPTY:
+            times = f"{median(seconds):9.2f}{min(seconds):8.2f}{max(seconds):8.2f}{median(case.cpu):8.2f}"
         peak = median(case.peaks)
-        row = f"{case.name:30}{times:25}{case.nbytes / 1e6:>10,.1f}{peak / 1e6:>10,.1f}{(peak - empty) / 1e6:>12,.1f}"
+        row = f"{case.name:30}{times:33}{case.nbytes / 1e6:>10,.1f}{peak / 1e6:>10,.1f}{(peak - empty) / 1e6:>12,.1f}"
         row += f"{median(case.resident) / 1e6:>9,.0f}"
         print(row + (f"{median(case.device_peaks) / 1e6:>11,.1f}" if on_gpu else ""))
     for verdict in judged:

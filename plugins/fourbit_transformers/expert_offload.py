@@ -7,6 +7,7 @@ Nothing of it stays for the backward pass, which fetches again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -93,7 +94,7 @@ class OffloadedExperts(ExpertWeights4bit):
                 if id(tensor) not in hosted:
                     on_host = plain(tensor).detach().to("cpu")
                     if pinned and not on_host.is_pinned():
-                        on_host = on_host.pin_memory()
+                        on_host = _pinned(on_host)
                     hosted[id(tensor)] = tensor, frozen(on_host, parameter=table is tables[0])
                 table[name] = hosted[id(tensor)][1]
 
@@ -191,6 +192,19 @@ class OffloadedExperts(ExpertWeights4bit):
         super().__setstate__(state)
         if not self.qweight.is_meta:
             self.to_host({})
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        warnings.warn(
+            f"{tensor.nbytes / 1e6:.0f} MB of packed experts cannot be pinned in host memory, and are slower to copy:"
+            f" {str(error).splitlines()[0]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return tensor
 
 
 class _Streamed(torch.autograd.Function):

@@ -92,10 +92,8 @@ class FourbitQuantizer(HfQuantizer):
         planned = plan_model(model, self.quantization_config.quant)
         if not self.pre_quantized:
             require_work(planned)
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        tied |= set((getattr(model, "all_tied_weights_keys", None) or {}).values())
         # the device, and with it the default blocksize, is that of the weight when it arrives
-        self._planned = {t.name: self.quantization_config.quant for t in planned.quantized if t.name not in tied}
+        self._planned = {t.name: self.quantization_config.quant for t in planned.quantized}
         self._places = {}
         for parent in model.modules():
             for attribute, child in parent._modules.items():

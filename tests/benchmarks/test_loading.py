@@ -55,7 +55,8 @@ def cases(loading, **seconds_and_peaks):
     made = {}
     for key, (seconds, peak) in seconds_and_peaks.items():
         name = getattr(loading, names[key])
-        made[name] = loading.Case(name, Path(), "", [seconds] * 3, [peak] * 3, [peak] * 3, [peak] * 3, 100_000_000)
+        figures = {key: [peak] * 3 for key in ("peaks", "resident", "device_peaks")}
+        made[name] = loading.Case(name, Path(), "", seconds=[seconds] * 3, **figures, nbytes=100_000_000)
     return made
 
 

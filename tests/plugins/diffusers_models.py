@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fourbit.nn import PackedModule
+
 KINDS = ("unet", "flux", "sd3", "autoencoder", "wan")
 
 
@@ -14,6 +16,32 @@ def build(kind):
     torch.manual_seed(0)
     name, settings = _MODELS[kind]
     return getattr(diffusers, name)(**settings).eval()
+
+
+def packed(model):
+    """Everything that the 4-bit layers hold, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            codes, state = module.quant_state()
+            found |= {f"{name}.weight": codes, **state.to_state_dict(f"{name}.weight.")}
+    return found
+
+
+def assert_same(one, other):
+    """Equal bits in every 4-bit layer, equal values in all else."""
+    a, b = packed(one), packed(other)
+    assert a and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+
+
+def folder_of(kind, tmp_path):
+    """The class of such a model, and a folder of it in float32."""
+    model = build(kind)
+    model.save_pretrained(tmp_path / "16")
+    return type(model), tmp_path / "16"
 
 
 def save_pipeline(folder):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ import fourbit
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.nn import Linear4bit, PackedModule
 from tests.plugins import diffusers_models as tiny
+from tests.plugins.diffusers_models import assert_same, folder_of, packed
 from tests.support import installed, skip_or_fail
 
 if not installed("diffusers"):
@@ -33,31 +32,6 @@ def quiet():
     import diffusers
 
     diffusers.utils.logging.disable_progress_bar()
-
-
-def packed(model):
-    """Everything that the 4-bit layers hold, by name."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedModule):
-            codes, state = module.quant_state()
-            found |= {f"{name}.weight": codes, **state.to_state_dict(f"{name}.weight.")}
-    return found
-
-
-def assert_same(one, other):
-    """Equal bits in every 4-bit layer, equal values in all else."""
-    a, b = packed(one), packed(other)
-    assert a and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    one, other = one.state_dict(), other.state_dict()
-    assert one.keys() == other.keys()
-    assert all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
-
-
-def folder_of(kind, tmp_path):
-    model = tiny.build(kind)
-    model.save_pretrained(tmp_path / "16")
-    return type(model), tmp_path / "16"
 
 
 def output(model):
@@ -86,7 +60,10 @@ def test_four_ways(kind, tmp_path):
     assert planned == {name for name in packed(on_the_fly) if name in plain.state_dict()}
     assert not torch.equal(output(plain), outputs[0])
     for number, model in enumerate((on_the_fly, in_memory, by_command)):
+        model.save_pretrained(tmp_path / "first")
         model.save_pretrained(tmp_path / f"saved{number}")
+        files = [sorted((tmp_path / name).iterdir()) for name in ("first", f"saved{number}")]
+        assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True))
         loaded, info = cls.from_pretrained(tmp_path / f"saved{number}", output_loading_info=True)
         assert not any(info.values())
         assert_same(loaded, on_the_fly)
@@ -176,79 +153,6 @@ def test_skip_modules_and_configuration(tmp_path):
     assert set(entry["llm_int8_skip_modules"]) == linear and linear
     assert_same(model, cls.from_pretrained(tmp_path / "4"))
     assert config.left_modules == () and config.dtype is None  # the caller's own is left alone
-
-
-@pytest.mark.parametrize("size", ("20KB", "3KB"))
-def test_shards(tmp_path, size):
-    """No weight is apart from its state, whatever the size of a file; in other writers' folders it may be."""
-    from fourbit_diffusers import FourbitConfig
-
-    cls, src = folder_of("unet", tmp_path)
-    cls.from_pretrained(src).save_pretrained(src, max_shard_size=size)
-    (src / "diffusion_pytorch_model.safetensors").unlink()
-    model = cls.from_pretrained(src, quantization_config=FourbitConfig(double_quant=True))
-    model.save_pretrained(tmp_path / "4", max_shard_size=size)
-    files = sorted((tmp_path / "4").glob("*.safetensors"))
-    assert len(files) > 5
-    for file in files:
-        names = load_file(file).keys()
-        for name in packed(model):
-            weight = name.partition(".weight")[0] + ".weight"
-            assert (name in names) == (weight in names)
-    assert_same(model, cls.from_pretrained(tmp_path / "4"))
-    index = tmp_path / "4" / "diffusion_pytorch_model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    where = {}
-    for number, (name, tensor) in enumerate((n, t) for file in files for n, t in load_file(file).items()):
-        where.setdefault(files[number % len(files)].name, {})[name] = tensor
-    for file, tensors in where.items():
-        save_file(tensors, tmp_path / "4" / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert_same(model, cls.from_pretrained(tmp_path / "4"))
-
-
-@pytest.mark.parametrize("where", ("cpu", "auto", "disk", "disk in part"))
-def test_device_maps(tmp_path, where):
-    from fourbit_diffusers import FourbitConfig
-
-    cls, src = folder_of("unet", tmp_path)
-    want = cls.from_pretrained(src, quantization_config=FourbitConfig(double_quant=True))
-    want.save_pretrained(tmp_path / "4")
-    options = {"device_map": where}
-    if where.startswith("disk"):
-        parts = [name for name, _ in want.named_children()]
-        device_map = dict.fromkeys(parts, "disk")
-        if where == "disk in part":
-            device_map |= dict.fromkeys(parts[::2], "cpu")
-        options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
-    for folder, config in ((src, FourbitConfig(double_quant=True)), (tmp_path / "4", None)):
-        model = cls.from_pretrained(folder, quantization_config=config, **options)
-        assert torch.equal(tiny.run(model), tiny.run(want))
-        if where == "disk":
-            with pytest.raises(ValueError, match="offloaded"):
-                model.save_pretrained(tmp_path / "no")
-        elif where != "disk in part":
-            assert_same(model, want)
-
-
-def test_old_names(tmp_path):
-    """Old autoencoders call their attention's tensors otherwise; diffusers renames them while it reads."""
-    from fourbit_diffusers import FourbitConfig
-
-    cls, src = folder_of("autoencoder", tmp_path)
-    file = src / "diffusion_pytorch_model.safetensors"
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    tensors = load_file(file)
-    for name in list(tensors):
-        for new, before in old.items():
-            if f".{new}." in name:
-                tensors[name.replace(f".{new}.", f".{before}.")] = tensors.pop(name)
-    save_file(tensors, file)
-    want = cls.from_pretrained(src, quantization_config=FourbitConfig())
-    report = quantize_checkpoint(src, tmp_path / "4")
-    assert {t.name.split(".")[-2] for t in report.plan.quantized} == {"query", "key", "value", "proj_attn"}
-    assert_same(cls.from_pretrained(tmp_path / "4"), want)
 
 
 def test_dequantize(tmp_path):
@@ -347,26 +251,3 @@ def test_beside_another_quantizer(tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "no")
     assert not (tmp_path / "no").exists()
-
-
-def test_single_file(tmp_path):
-    """from_single_file quantizes on the fly, too."""
-    from fourbit_diffusers import FourbitConfig
-
-    cls, src = folder_of("flux", tmp_path)
-    want = cls.from_pretrained(src, quantization_config=FourbitConfig())
-    file = src / "diffusion_pytorch_model.safetensors"
-    got = cls.from_single_file(str(file), config=str(src), quantization_config=FourbitConfig())
-    assert_same(got, want)
-    got.save_pretrained(tmp_path / "4")
-    assert_same(cls.from_pretrained(tmp_path / "4"), want)
-
-
-def test_planning_imports_no_library():
-    """fourbit asks its plugins about every model, and diffusers is imported only for one of its own."""
-    code = """if True:
-        import sys, torch, fourbit
-        fourbit.quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 64)))
-        assert "fourbit_models.diffusers" in sys.modules and "diffusers" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,7 +18,7 @@ try:
 except ImportError:
     skip_or_fail("peft is not installed: pip install 'fourbit[test]'")
 try:
-    import transformers  # noqa: F401
+    import transformers
 except ImportError:
     skip_or_fail("transformers is not installed: pip install 'fourbit[test]'")
 
@@ -254,6 +254,38 @@ def test_compiles_whole():
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, model(IDS).logits, **CLOSE)
+
+
+def test_the_recipe(tmp_path):
+    """As the README has it: from a folder to trained adapters, and back to 4 bits and to 16."""
+    from fourbit_transformers import FourbitConfig
+
+    make("qwen3-moe").bfloat16().save_pretrained(tmp_path / "plain")
+    config = FourbitConfig(double_quant=True, offload_experts=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "plain", quantization_config=config, device_map="auto")
+    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    targets = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **targets)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    base = load(tmp_path / "plain", quantization_config=FourbitConfig(double_quant=True), device_map="auto")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=0.05, atol=0.05)
+    want = logits(again)
+    fourbit.dequantize_model(again)
+    merged = again.merge_and_unload()
+    assert not any(isinstance(m, ExpertWeights4bit) for m in merged.modules())
+    assert (logits(merged) - want).norm() < 0.03 * want.norm()
 
 
 def test_names_that_match_nothing_are_refused():

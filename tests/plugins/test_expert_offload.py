@@ -237,6 +237,22 @@ def test_adapters(device):
     assert all(s.qweight.device.type == "cpu" for s in stacks(merged))
 
 
+def test_what_cannot_be_pinned_is_copied_all_the_same(monkeypatch):
+    """As where the system limits locked memory."""
+    model = fourbit.quantize_model(make("qwen3-moe"))
+    want = [s.qweight.clone() for s in stacks(model)]
+
+    def refuse(*_):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda *_: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    with pytest.warns(RuntimeWarning, match=r"cannot be pinned.*: CUDA error: out of memory$"):
+        offload(model, Streamer(torch.device("cuda", 0)))
+    assert all(torch.equal(s.qweight, w) for s, w in zip(stacks(model), want, strict=True))
+
+
 def test_autocast(device):
     model, offloaded = pair("gpt-oss", device)
     with torch.autocast(device.type, torch.bfloat16):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ for package in ("transformers", "peft"):
 import peft  # noqa: E402
 import transformers as T  # noqa: E402
 
-from fourbit_transformers import FourbitConfig  # noqa: E402
+from fourbit_transformers import FourbitConfig, examples  # noqa: E402
 
 pytestmark = [
     # transformers', of names that it is going to change, and peft's
@@ -279,3 +281,18 @@ def test_auto_peft_model_of_a_4_bit_folder(folder, tmp_path):
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(again.base_model.model.model.layers[0].mlp.up_proj.base_layer, Linear4bit)
     assert torch.equal(logits(again), logits(adapted))
+
+
+def test_the_recipe_of_the_readme(folder, tmp_path, monkeypatch):
+    text = (Path(examples.__file__).parent / "README.md").read_text()
+    (recipe,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    begin, end = recipe.split("...  ")
+    monkeypatch.chdir(tmp_path)
+    names = {"folder": str(folder)}
+    exec(begin, names)
+    model = names["model"]
+    assert model.base_model.model.is_gradient_checkpointing
+    want = logits(trained(model))
+    exec(f"# {end}", names)
+    again = T.AutoModelForCausalLM.from_pretrained("merged")
+    torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)

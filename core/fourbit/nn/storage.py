@@ -163,13 +163,14 @@ class PackedStorage(nn.Module):
         """
         if w.shape != self.weight_shape:
             raise ValueError(f"{name}: want shape {list(self.weight_shape)}, got {list(w.shape)}")
-        require_finite(w, name)
         packed, state = quantize_4bit(
             w.detach().to(self.qweight.device),
             quant_type=self.quant_type,
             blocksize=self.blocksize,
             double_quant=self.double_quant,
         )
+        if bool(state.scales().isnan().any()):  # of a block with NaN or Inf; to look at each weight costs far more
+            require_finite(w, name)
         self.load_packed(packed, state)
 
     @torch.no_grad()

@@ -410,3 +410,19 @@ def test_a_tied_head_in_a_component(src, tmp_path):
     save_file({**tensors, "model.embed_tokens.weight": embedding}, other / "text_encoder" / "model.safetensors")
     found = {t.name: t.name_in_b for t in compare_checkpoints(src, other).tensors}
     assert found["text_encoder/lm_head.weight"] == "text_encoder/model.embed_tokens.weight"
+
+
+def test_a_component_whose_weights_are_transposed(src, tmp_path):
+    """Of transformers' Conv1D in one of the models: its names are known with the folder in front, too."""
+    (src / "text_encoder" / "config.json").write_text('{"model_type": "gpt2"}')
+    tensors = {"h.0.attn.c_attn.weight": torch.randn(64, 192), "h.0.ln_1.weight": torch.ones(64)}
+    save_file(tensors, src / "text_encoder" / "model.safetensors")
+    report = quantize_checkpoint(src, tmp_path / "4")
+    assert "text_encoder/h.0.attn.c_attn.weight" in {t.name for t in report.plan.quantized}
+    with Compound(tmp_path / "4") as four:
+        assert four.state("text_encoder/h.0.attn.c_attn.weight").shape == (192, 64)
+    dequantize_checkpoint(tmp_path / "4", tmp_path / "16")
+    for folder in (tmp_path / "4", tmp_path / "16"):
+        compared = {t.name: t for t in compare_checkpoints(src, folder).tensors}
+        assert 15 < compared["text_encoder/h.0.attn.c_attn.weight"].sqnr_db < 25
+    assert tensors_of(tmp_path / "16" / "text_encoder")["h.0.attn.c_attn.weight"].shape == (64, 192)
