@@ -159,7 +159,7 @@ def test_as_the_hub_has_it(folders, tmp_path):
     """Without the base model's prefix, and with the masks that old versions saved."""
     from safetensors.torch import load_file, save_file
 
-    model, folder = folders("gpt2")
+    model, folder = folders("GPT2LMHeadModel")
     shutil.copytree(folder, tmp_path / "hub")
     tensors = load_file(folder / "model.safetensors")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}

@@ -7,6 +7,7 @@ plugins/fourbit_transformers/README.md says what comes of it: `python tests/plug
 from __future__ import annotations
 
 import warnings
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ try:
 
     from fourbit_transformers import FourbitConfig
     from tests.plugins.zoo import table
-    from tests.plugins.zoo.checks import examine
+    from tests.plugins.zoo.checks import BLOCKSIZES, examine, options
     from tests.plugins.zoo.entry import load, packed
     from tests.plugins.zoo.models import ZOO
 except ImportError:
@@ -50,6 +51,11 @@ def test_every_way_gives_the_same_model(name, tmp_path):
 def test_the_table_has_every_class():
     assert list(table.rows()) == list(ZOO)
     assert len({entry.kind for entry in ZOO.values()}) >= 120
+
+
+def test_every_combination_of_options_is_tried():
+    tried = {astuple(options(entry))[:3] for entry in ZOO.values() if entry.family != "MoE"}
+    assert len(tried) == 12 and {blocksize for _, blocksize, _ in tried} == set(BLOCKSIZES)
 
 
 def test_experts_double_quantized_in_a_folder(tmp_path):

@@ -94,8 +94,11 @@ def dequantized(entry: Entry, folder: Path, model: nn.Module) -> nn.Module:
     """The 16-bit model in `folder`, with the values of the 4-bit `model`."""
     twin = load(entry, folder)
     for name, module in packed(model).items():
+        if module.transposed:  # Conv1D adds its bias in the product, and bitsandbytes has nn.Linear's order
+            layer = nn.Linear(*reversed(module.weight_shape), bias=False, dtype=module.dtype)
+            layer.bias = twin.get_submodule(name).bias
+            twin.set_submodule(name, layer)
         weight = twin.get_parameter(name if module.kind == "experts" else f"{name}.weight")
-        values = module.dequantize()
-        weight.data = values.T.contiguous() if module.transposed else values
+        weight.data = module.dequantize()
     twin.config._is_quantized = True  # some models ask, and then compute in another order
     return twin
