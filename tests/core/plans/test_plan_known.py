@@ -16,6 +16,7 @@ import fourbit
 from fourbit import plugins
 from fourbit.hookspecs import hookimpl
 from fourbit.plans import known
+from fourbit.registry import BackendWarning
 from tests.folders import folder_of
 
 
@@ -173,6 +174,14 @@ def fourbit_describe_model(config, names):
     with known.without_weights(names):
         model = nn.Sequential(nn.Linear(64, 64))
     return known.KnownModel(model, {name: known.Target((name,)) for name in names}, "a plugin's Sequential")
+
+@hookimpl
+def fourbit_model_quantized(model, config):
+    model.told = [config.quant_type]
+
+@hookimpl
+def fourbit_model_dequantized(model):
+    model.told.append("dequantized")
 """
 PANICS = """
 from fourbit.hookspecs import hookimpl
@@ -182,6 +191,14 @@ class PanicException(BaseException): pass
 @hookimpl
 def fourbit_describe_model(config, names):
     raise PanicException("called `unwrap` on a `None` value")
+
+@hookimpl
+def fourbit_model_quantized(model, config):
+    raise PanicException("no such model")
+
+@hookimpl
+def fourbit_model_dequantized(model):
+    raise PanicException("nor this one")
 """
 
 
@@ -219,6 +236,18 @@ def test_plugins_come_through_entry_points(install, tmp_path, modules, described
     folder = folder_of(nn.Sequential(nn.Linear(64, 64)), tmp_path / "f")
     for _ in range(2):
         assert fourbit.plan(folder).described_by == described_by
+
+
+@pytest.mark.parametrize("modules", ({"a": PANICS, "b": WORKS}, {"b": PANICS, "a": WORKS}))
+def test_each_plugin_is_told_of_what_happens_to_a_model(install, modules):
+    """One that raises gives a warning, and keeps nothing from the model or from the others."""
+    install(**modules)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.warns(BackendWarning, match="fourbit_model_quantized failed: .*: PanicException: no such model"):
+        fourbit.quantize_model(model, fourbit.QuantConfig("fp4"))
+    with pytest.warns(BackendWarning, match="fourbit_model_dequantized failed: .*: PanicException: nor this one"):
+        fourbit.dequantize_model(model)
+    assert model.told == ["fp4", "dequantized"] and type(model[0]) is nn.Linear
 
 
 def test_a_model_of_absurd_size_is_not_built():
