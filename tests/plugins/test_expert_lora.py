@@ -249,7 +249,9 @@ def test_bfloat16(name):
     assert got.dtype == torch.bfloat16 and (got - want).norm() < 0.05 * want.norm()
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions of torch.compile break the graph in peft's own forward")
+@pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="older versions of torch.compile break the graph in peft's own forward"
+)
 def test_compiles_whole():
     model, _ = tuned("gpt-oss")
     with torch.no_grad():
