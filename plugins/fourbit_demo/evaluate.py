@@ -32,7 +32,7 @@ def evaluate(folder: Path, progress: Progress) -> dict[str, Any]:
     begin = time.perf_counter()
     with Checkpoint(folder) as checkpoint:
         is_4bit = bool(checkpoint.quantized())
-    model = _load(folder, is_4bit).float().eval()
+    model = _load(folder, is_4bit).eval()
     tokenizer = _tokenizer(folder)
     seconds["load"] = time.perf_counter() - begin
 
@@ -64,10 +64,10 @@ def _load(folder: Path, is_4bit: bool) -> Any:
     if is_4bit:
         from fourbit_transformers import load
 
-        return load(folder)
+        return load(folder, dtype="float32")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="float32")
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from fourbit.checkpoint.quantize import require_work
 from fourbit.config import QuantConfig
+from fourbit.dispatch import default_blocksize
 from fourbit.functional import dequantize_4bit
 from fourbit.nn import ExpertWeights4bit, PackedModule
 from fourbit.nn.dequantize import dequantize_model
-from fourbit.nn.frozen import plain
 from fourbit.nn.packed import replacement
 from fourbit.nn.quantize import plan_model
-from fourbit.nn.storage import STORAGE
+from fourbit.state import QuantState
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.experts import use_fourbit_experts
@@ -121,36 +122,48 @@ class FourbitQuantizer(HfQuantizer):
 
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Put a 4-bit module in the place of the parameter `name`; returns its storage's parameters by full name."""
-        owner, leaf, cls, replaced = _place(model, name)
-        if isinstance(replaced, nn.Module):
-            replaced._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
-        else:
-            replaced = weight
-        new = cls.from_module(replaced, self._planned[name], name)
-        self._put(owner, leaf, name, new)
-        storage: dict[str, Tensor] = {n: t for n, t in new._parameters.items() if n in STORAGE and t is not None}
-        if self._stays_on_host(new, weight.device):
-            storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
-        for own, tensor in storage.items():  # transformers puts them back, or on a disk
-            setattr(new, own, nn.Parameter(tensor.to("meta"), requires_grad=False))
-        return _named(name, new, {own: plain(tensor) for own, tensor in storage.items()})
+        config = self._planned[name]
+        config = replace(config, blocksize=config.blocksize or default_blocksize(weight.device))
+        new = self._put(model, name, config, weight.dtype)
+        return self._filled(name, new, new.encoded(type(new).as_held(weight, name), name))
 
     def unpacked(self, model: nn.Module, name: str, weight: Packed) -> dict[str, Tensor]:
         """The same for a weight that is packed already."""
-        owner, leaf, cls, replaced = _place(model, name)
         quant, state = self.quantization_config.quant, weight.state
         config = QuantConfig(state.quant_type, state.blocksize, state.double_quant, quant.compute_dtype)
-        dtype = owner._parameters[leaf].dtype  # type: ignore[union-attr]
-        new = cls.empty(replaced, config, dtype, torch.device("meta"))
+        new = self._put(model, name, config)
         if new.weight_shape != state.shape:
             raise ValueError(f"{name} has shape {list(state.shape)}, the model wants {list(new.weight_shape)}")
-        self._put(owner, leaf, name, new)
+        return self._filled(name, new, weight)
+
+    def _put(self, model: nn.Module, name: str, config: QuantConfig, dtype: torch.dtype | None = None) -> PackedModule:
+        """An empty 4-bit module, in the place of the parameter `name`; `dtype` None: the parameter's."""
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        found = replacement(owner, leaf)
+        if found is None:
+            raise ValueError(f"{name} is 4-bit, and the model's {type(owner).__name__} cannot hold it")
+        cls, replaced = found
+        held = owner._parameters[leaf]
+        new = cls.empty(replaced, config, dtype or held.dtype, "meta")  # type: ignore[union-attr]
+        places = self._places.get(id(owner), []) if new.replaces is not nn.Parameter else [(owner, leaf)]
+        if not places:
+            raise ValueError(f"{name}: the model is itself a {type(owner).__name__}")
+        with ExitStack() as undo:
+            for parent, attribute in places:
+                new.put(parent, attribute, undo)
+            undo.pop_all()
+        return new
+
+    def _filled(self, name: str, new: PackedModule, weight: tuple[Tensor, QuantState]) -> dict[str, Tensor]:
+        """Give it its tables; the parameters, by full name, transformers puts in, or on a disk."""
         storage = new.storage_of(*weight)
-        if self._stays_on_host(new, weight.codes.device):
+        if self._stays_on_host(new, weight[0].device):
             storage = {own: tensor.to("cpu") for own, tensor in storage.items()}
         for own in [own for own in storage if own in new._buffers]:
             setattr(new, own, storage.pop(own))
-        return _named(name, new, storage)
+        prefix = name if new.replaces is nn.Parameter else name.rpartition(".")[0]
+        return {f"{prefix}.{own}": tensor for own, tensor in storage.items()}
 
     def _stays_on_host(self, new: PackedModule, device: torch.device) -> bool:
         """Whether it is a stack of experts to offload; from then on `.to(device)` leaves it where it is."""
@@ -176,16 +189,6 @@ class FourbitQuantizer(HfQuantizer):
             found = model._get_dtype_plan(model.dtype)  # what the model keeps in float32
             self._dtypes = [(build_glob_alternation([pattern])[0], dtype) for pattern, dtype in found.items()]
         return tensor.to(next((dtype for kept, dtype in self._dtypes if kept.search(name)), wanted.dtype))
-
-    def _put(self, owner: nn.Module, leaf: str, name: str, new: PackedModule) -> None:
-        whole = new.replaces is not nn.Parameter
-        places = self._places.get(id(owner), []) if whole else [(owner, leaf)]
-        if not places:
-            raise ValueError(f"{name}: the model is itself a {type(owner).__name__}")
-        with ExitStack() as undo:
-            for parent, attribute in places:
-                new.put(parent, attribute, undo)
-            undo.pop_all()
 
     # ---- afterwards -------------------------------------------------------------------------------------
 
@@ -296,18 +299,3 @@ def _require_files_of_ours(files: list[str]) -> None:
 def _once(items: Iterable[Any]) -> list[Any]:
     """Without those that were there already: of one converter several may have been made."""
     return list({id(each): each for each in items}.values())
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str, type[PackedModule], nn.Module | Tensor]:
-    """The owner of a parameter, its name there, what takes its place, and what makes place."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    found = replacement(owner, leaf)
-    if found is None:
-        raise ValueError(f"{name} is 4-bit, and the model's {type(owner).__name__} cannot hold it")
-    return owner, leaf, *found
-
-
-def _named(name: str, new: PackedModule, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = name if new.replaces is nn.Parameter else name.rpartition(".")[0]
-    return {f"{prefix}.{own}": tensor for own, tensor in tensors.items()}

@@ -6,7 +6,9 @@ more than one weight in 16 bit. The tensors of its storage go back to transforme
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from math import prod
 from typing import Any, Protocol
 
@@ -178,6 +180,17 @@ class Unpack(_Shared):
         return {prefix + key + suffix: v[0] if isinstance(v, list) else v for key, v in tensors.items()}
 
 
+class _Collector(WeightConverter):
+    """transformers makes a copy for each tensor that it meets: only what is collected must be its own."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
+        new = copy(self)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
+
+
 def converters(hf_quantizer: Quantizer, original: WeightConverter) -> Iterator[WeightConverter]:
     """What collects the weights of one of transformers' converters, with the tensors beside them.
 
@@ -206,7 +219,7 @@ def converter(hf_quantizer: Quantizer, original: WeightConverter | None = None, 
             patterns.append(source.removesuffix("$") + suffix + end if end else source)
             parts.append(part)
     operation = Unpack(hf_quantizer, () if original is None else original.operations)
-    made = WeightConverter(patterns, targets, [operation])
+    made = _Collector(patterns, targets, [operation])
     if original is not None:
         for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
             if hasattr(original, name):
@@ -233,16 +246,17 @@ def _weights(name: str, parts: Mapping[str, list[Tensor]]) -> Iterator[Tensor | 
 
 
 def _states(name: str, rest: Mapping[str, Iterator[Tensor]]) -> Iterator[QuantState]:
-    for meta in rest[_META]:
+    for tensor in rest[_META]:
+        meta = tensor.cpu()  # once, and not at each look
         text = bytes(meta.reshape(-1)[: 1 << 16].tolist())
         kind = next((kind for kind in _kinds(text)), "")
         entries = {f"quant_state.bitsandbytes__{kind}": meta.reshape(-1)}
         nested = b'"nested_offset"' in text
         for part in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):
-            tensor = next(rest.get(part, iter(())), None)
-            if tensor is None:
+            found = next(rest.get(part, iter(())), None)
+            if found is None:
                 raise ValueError(f"{name}: the folder has a 4-bit weight without its {part}")
-            entries[part] = tensor
+            entries[part] = found
         try:
             yield QuantState.from_state_dict(entries, prefix="")
         except (KeyError, ValueError) as error:

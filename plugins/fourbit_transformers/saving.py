@@ -120,8 +120,13 @@ def _at_hand(module: nn.Module) -> Any:
         return
     from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
-    with align_module_device(module, torch.device("cpu")):
-        yield
+    buffers = dict(module._buffers)  # which stay where the module computes
+    module._buffers.update({name: None if tensor is None else tensor.cpu() for name, tensor in buffers.items()})
+    try:
+        with align_module_device(module, torch.device("cpu")):
+            yield
+    finally:
+        module._buffers.update(buffers)
 
 
 def _offloaded(model: nn.Module, name: str) -> Tensor:

@@ -230,6 +230,8 @@ def needs_bitsandbytes():
 @pytest.mark.parametrize("kind", THEIRS)
 def test_folders_of_bitsandbytes(kind, folders, tmp_path):
     needs_bitsandbytes()
+    if kind == "float32 storage" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 22):
+        pytest.skip("older transformers casts codes that are stored as another dtype than the model's")
     import bitsandbytes
 
     config = BitsAndBytesConfig(load_in_4bit=True, **THEIRS[kind])

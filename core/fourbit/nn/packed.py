@@ -95,11 +95,19 @@ class PackedModule(PackedStorage):
             return new
         new = cls.empty(replaced, config, weight.dtype, weight.device)
         if weight.device.type != "meta":
-            if cls.transposed:
-                require_finite(weight, name)  # `store` would name the place in the transposed one
-                weight = weight.detach().T.contiguous()
-            new.store(weight, name)
+            new.store(cls.as_held(weight, name), name)
         return new
+
+    @classmethod
+    def as_held(cls, weight: Tensor, name: str = "weight") -> Tensor:
+        """The weight of a module that it replaces as it holds it: of a `transposed` class [out, in].
+
+        Raises NonFiniteError, with `name`, where turning it would hide the place of a NaN.
+        """
+        if not cls.transposed:
+            return weight
+        require_finite(weight, name)
+        return weight.detach().T.contiguous()
 
     @classmethod
     def from_state(

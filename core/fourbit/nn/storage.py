@@ -161,17 +161,19 @@ class PackedStorage(nn.Module):
 
         Raises ValueError for another shape and NonFiniteError, with `name`, for NaN or Inf.
         """
+        self.load_packed(*self.encoded(w.detach().to(self.qweight.device), name))
+
+    @torch.no_grad()
+    def encoded(self, w: Tensor, name: str = "weight") -> tuple[Tensor, QuantState]:
+        """`w` as this module would hold it, `(packed, state)`, on the device of `w`; raises as `store` does."""
         if w.shape != self.weight_shape:
             raise ValueError(f"{name}: want shape {list(self.weight_shape)}, got {list(w.shape)}")
         packed, state = quantize_4bit(
-            w.detach().to(self.qweight.device),
-            quant_type=self.quant_type,
-            blocksize=self.blocksize,
-            double_quant=self.double_quant,
+            w.detach(), quant_type=self.quant_type, blocksize=self.blocksize, double_quant=self.double_quant
         )
         if bool(state.scales().isnan().any()):  # of a block with NaN or Inf; to look at each weight costs far more
             require_finite(w, name)
-        self.load_packed(packed, state)
+        return packed, state
 
     @torch.no_grad()
     def load_packed(self, packed: Tensor, state: QuantState) -> None:
