@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.utils import logging
 
 from fourbit.state import QuantState
@@ -185,6 +185,13 @@ class _Collector(WeightConverter):
 
     __slots__ = ()
 
+    def __init__(self, sources: list[str], targets: list[str], operation: Unpack) -> None:
+        # not WeightConverter's: older ones let their own operations alone make many tensors of many
+        WeightTransform.__init__(self, sources, targets)
+        self.operations = [operation]
+        if hasattr(WeightConverter, "force_cpu"):
+            self.force_cpu = False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
         new = copy(self)
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
@@ -219,7 +226,7 @@ def converter(hf_quantizer: Quantizer, original: WeightConverter | None = None, 
             patterns.append(source.removesuffix("$") + suffix + end if end else source)
             parts.append(part)
     operation = Unpack(hf_quantizer, () if original is None else original.operations)
-    made = _Collector(patterns, targets, [operation])
+    made = _Collector(patterns, targets, operation)
     if original is not None:
         for name in ("scope_prefix", "base_model_prefix", "force_cpu"):
             if hasattr(original, name):

@@ -184,4 +184,6 @@ def same_files(folder: Path, other: Path) -> None:
 def _same(name: str, a: Tensor, b: Tensor) -> bool:
     if META_MARK in name:  # JSON, which may have blanks at its end
         return json.loads(bytes(a.tolist())) == json.loads(bytes(b.tolist()))
+    if name.endswith("e_score_correction_bias"):
+        a, b = a.float(), b.float()  # which older routers take to float32 at the first run
     return a.dtype == b.dtype and torch.equal(a, b)

@@ -21,7 +21,10 @@ def versions() -> str:
     """What is installed, as the table names it."""
     from importlib.metadata import version
 
-    return f"Made with transformers {version('transformers')} and bitsandbytes {version('bitsandbytes')}, on the CPU."
+    from tests.support import installed
+
+    theirs = version("bitsandbytes") if installed("bitsandbytes") else "none"
+    return f"Made with transformers {version('transformers')} and bitsandbytes {theirs}, on the CPU."
 
 
 def _lines() -> list[str]:
