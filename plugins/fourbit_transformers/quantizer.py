@@ -128,8 +128,14 @@ class FourbitQuantizer(HfQuantizer):
         return self._filled(name, new, new.encoded(type(new).as_held(weight, name), name))
 
     def unpacked(self, model: nn.Module, name: str, weight: Packed) -> dict[str, Tensor]:
-        """The same for a weight that is packed already."""
+        """The same for a weight that is packed already; where no 4-bit module can be, it is decoded.
+
+        Other tools pack routers, too, which transformers holds in modules of their own.
+        """
         quant, state = self.quantization_config.quant, weight.state
+        owner_name, _, leaf = name.rpartition(".")
+        if replacement(model.get_submodule(owner_name), leaf) is None:
+            return {name: self.as_wanted(model, name, dequantize_4bit(*weight))}
         config = QuantConfig(state.quant_type, state.blocksize, state.double_quant, quant.compute_dtype)
         new = self._put(model, name, config)
         if new.weight_shape != state.shape:
@@ -141,8 +147,7 @@ class FourbitQuantizer(HfQuantizer):
         owner_name, _, leaf = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         found = replacement(owner, leaf)
-        if found is None:
-            raise ValueError(f"{name} is 4-bit, and the model's {type(owner).__name__} cannot hold it")
+        assert found is not None  # by the plan, or by `unpacked`
         cls, replaced = found
         held = owner._parameters[leaf]
         new = cls.empty(replaced, config, dtype or held.dtype, "meta")  # type: ignore[union-attr]

@@ -206,6 +206,23 @@ def test_folders_with_some_experts_in_16_bit(skip, folders, tmp_path):
     assert torch.equal(logits(from_pretrained(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_routers_that_others_packed(double_quant, folders, tmp_path):
+    """transformers' routers are no linear layers, and bitsandbytes' tools have packed those of some folders."""
+    quantize_checkpoint(folders("moe"), tmp_path / "small", fourbit.QuantConfig(blocksize=32))
+    file, name = tmp_path / "small" / "model.safetensors", "model.layers.1.mlp.gate.weight"
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    codes, state = fourbit.quantize_4bit(tensors[name], blocksize=32, double_quant=double_quant)
+    whole = {**tensors, name: codes.reshape(-1, 1), **state.to_state_dict(f"{name}.")}
+    save_file(whole, file, metadata={"format": "pt"})
+    model = from_pretrained(tmp_path / "small")
+    router = model.model.layers[1].mlp.gate.weight
+    assert isinstance(router, nn.Parameter) and router.dtype is torch.bfloat16
+    assert torch.equal(router.cpu(), fourbit.dequantize_4bit(codes, state))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(tmp_path / "again")), logits(model))
+
+
 THEIRS = {
     "nf4": {"bnb_4bit_quant_type": "nf4"},
     "fp4": {},
@@ -348,7 +365,13 @@ def test_pickled_copied_and_compiled(folders, tmp_path):
 
 
 def test_a_pipeline_generates(folders, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["[UNK]", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     from_pretrained(folders("llama"), quantization_config=FourbitConfig()).save_pretrained(tmp_path)
-    model = from_pretrained(tmp_path)
-    tokens = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert tokens.shape == (1, 16)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    generate = transformers.pipeline("text-generation", model=str(tmp_path), device_map={"": DEVICE})
+    assert any(isinstance(module, Linear4bit) for module in generate.model.modules())
+    text = generate("a b c", max_new_tokens=3, do_sample=False, pad_token_id=0)[0]["generated_text"]
+    assert text.startswith("a b c") and len(text) > len("a b c")
