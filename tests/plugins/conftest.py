@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _models_go_to_the_cpu(monkeypatch):
-    """from_pretrained of a quantized model takes the accelerator where no device_map is given; inputs are on the CPU."""
+    """from_pretrained with a quantizer takes the accelerator where no device_map is given; inputs are on the CPU."""
     if not torch.accelerator.is_available():
         return
     try:
