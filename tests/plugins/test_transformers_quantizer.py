@@ -252,7 +252,7 @@ def test_folders_of_bitsandbytes(kind, folders, tmp_path):
     import bitsandbytes
 
     config = BitsAndBytesConfig(load_in_4bit=True, **THEIRS[kind])
-    theirs = AutoModelForCausalLM.from_pretrained(folders("llama"), quantization_config=config)
+    theirs = AutoModelForCausalLM.from_pretrained(folders("llama"), quantization_config=config, device_map={"": DEVICE})
     theirs.save_pretrained(tmp_path / "theirs")
     assert isinstance(theirs.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)  # fourbit is imported
     take_over_bitsandbytes()
