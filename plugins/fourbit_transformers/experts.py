@@ -29,8 +29,5 @@ def use_fourbit_experts(model: nn.Module) -> nn.Module:
             config: Any = module.config
             config._experts_implementation = IMPLEMENTATION
     if holders:
-        expert_peft.adapt_present(model)
+        expert_peft.adapt(model)
     return model
-
-
-expert_peft.register()

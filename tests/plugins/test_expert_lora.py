@@ -299,16 +299,18 @@ def test_names_that_match_nothing_are_refused():
     assert [n for n, _ in model.named_parameters()] == before
 
 
-def test_peft_imported_after_fourbit_finds_them_too():
+def test_peft_is_imported_for_a_model_with_experts_alone():
     program = """
         import sys, warnings
         warnings.simplefilter("ignore")
-        import fourbit_transformers.experts
+        import fourbit, transformers, fourbit_transformers
+        sizes = dict(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+        sizes |= dict(num_key_value_heads=2)
+        fourbit.quantize_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
         assert "peft" not in sys.modules, "fourbit imports peft"
-        from importlib.util import find_spec
-        assert find_spec("peft") is not None and "peft" not in sys.modules
-        import peft
-        kind = peft.PEFT_TYPE_TO_TUNER_MAPPING["LORA"]
+        config = transformers.MixtralConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+        fourbit.quantize_model(transformers.MixtralForCausalLM(config))
+        kind = sys.modules["peft"].PEFT_TYPE_TO_TUNER_MAPPING["LORA"]
         assert kind.__module__ == "fourbit_transformers.expert_lora", kind
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=300)
