@@ -210,8 +210,9 @@ def ask(hook: str, kind: type[T], **arguments: object) -> tuple[T | None, str]:
 def tell(hook: str, **arguments: object) -> None:
     """Call the hook of every plugin of models. What one raises is a warning, and the others are told all the same."""
     reasons = _load_models()
-    for impl in getattr(manager().hook, hook).get_hookimpls():
-        others = {other.plugin for other in getattr(manager().hook, hook).get_hookimpls()} - {impl.plugin}
+    told = getattr(manager().hook, hook).get_hookimpls()
+    for impl in told:
+        others = {other.plugin for other in told} - {impl.plugin}
         try:
             manager().subset_hook_caller(hook, others)(**arguments)
         except KeyboardInterrupt:

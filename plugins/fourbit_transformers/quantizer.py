@@ -22,7 +22,7 @@ from fourbit.functional import dequantize_4bit
 from fourbit.nn import ExpertWeights4bit, PackedModule
 from fourbit.nn.dequantize import dequantize_model
 from fourbit.nn.packed import replacement
-from fourbit.nn.quantize import plan_model
+from fourbit.nn.quantize import module_places, plan_model
 from fourbit.state import QuantState
 from fourbit_transformers import saving
 from fourbit_transformers.config import METHOD, FourbitConfig
@@ -95,11 +95,7 @@ class FourbitQuantizer(HfQuantizer):
             require_work(planned)
         # the device, and with it the default blocksize, is that of the weight when it arrives
         self._planned = {t.name: self.quantization_config.quant for t in planned.quantized}
-        self._places = {}
-        for parent in model.modules():
-            for attribute, child in parent._modules.items():
-                if child is not None:
-                    self._places.setdefault(id(child), []).append((parent, attribute))
+        self._places = module_places(model)
 
     def get_quantize_ops(self) -> Quantize:
         """What quantizes a planned weight on its arrival."""

@@ -67,12 +67,18 @@ def plan_model(
     return planned(layers, layers, config, where, type(model).__name__, "the model")
 
 
-def swap(model: nn.Module, modules: Mapping[str, PackedModule]) -> None:
-    """Put 4-bit modules in place of the weights named: everywhere in the model, and all of them or none."""
+def module_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module is in its parents, by its id; a shared one has several places."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
             places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+def swap(model: nn.Module, modules: Mapping[str, PackedModule]) -> None:
+    """Put 4-bit modules in place of the weights named: everywhere in the model, and all of them or none."""
+    places = module_places(model)
     swaps: list[tuple[PackedModule, nn.Module, str]] = []
     for name, new in modules.items():
         owner_name, _, leaf = name.rpartition(".")
