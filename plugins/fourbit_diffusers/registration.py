@@ -54,9 +54,10 @@ def take_over_bitsandbytes(enabled: bool = True) -> None:
     """Have fourbit serve all that asks diffusers for bitsandbytes in 4 bits, in this process, from now on.
 
     Folders that bitsandbytes wrote (NF4, FP4, double-quantized, any quant_storage) open with fourbit's modules, and
-    `quantization_config=BitsAndBytesConfig(load_in_4bit=True, …)` quantizes with fourbit. bitsandbytes need not be
-    installed, and no GPU there. Models that are loaded already stay what they are; `enabled=False` gives it back.
-    transformers' components of a pipeline are `fourbit_transformers.take_over_bitsandbytes()`'s.
+    `quantization_config=BitsAndBytesConfig(load_in_4bit=True, …)` quantizes with fourbit. Neither needs a GPU;
+    folders need no bitsandbytes installed, but diffusers makes a BitsAndBytesConfig for 4 bits only where it is.
+    Models that are loaded already stay what they are; `enabled=False` gives it back. transformers' components of a
+    pipeline are `fourbit_transformers.take_over_bitsandbytes()`'s.
     """
     register()
     _Take.over = enabled

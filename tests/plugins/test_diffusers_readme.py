@@ -31,9 +31,11 @@ def test_recipes(tmp_path, monkeypatch):
     assert len(blocks) == 5
     names = {"torch": torch}
     seen = []
+    if not installed("bitsandbytes"):  # without which diffusers makes no BitsAndBytesConfig for 4 bits
+        blocks.pop()
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
         model = names["model"] if "model" in names else names["pipe"].unet
         seen.append(any(isinstance(module, fourbit.nn.Linear4bit) for module in model.modules()))
-    assert seen == [True, False, True, True, True]  # the second ends with dequantize()
+    assert seen == [True, False, True, True, True][: len(blocks)]  # the second ends with dequantize()
     assert {path.name for path in tmp_path.iterdir()} == {"stable-diffusion-v1-5", "sd-4bit", "unet-4bit", "lora"}
