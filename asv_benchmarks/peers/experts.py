@@ -48,7 +48,7 @@ def grouped_mm() -> Callable[..., Tensor]:
 class ExpertWeights:
     """Random stacked weights, packed once and in 16 bit, in the copies that make each call's cold."""
 
-    def __init__(self, sizes: Sizes, dtype: str, doubles: Sequence[bool], device: str, cold: int = COLD_BYTES) -> None:
+    def __init__(self, sizes: Sizes, dtype: str, doubles: Sequence[bool], device: str, cold: int) -> None:
         self.sizes = sizes
         generator = torch.Generator(device).manual_seed(sum(sizes))
         plain = torch.randn(*sizes, dtype=DTYPES[dtype], device=device, generator=generator).mul_(0.02)
@@ -200,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for sizes in options.experts:
         if not budget.allows(label(sizes, False)):
             continue
-        w = ExpertWeights(sizes, options.dtype, ratios.passes(options.double), "cuda")
+        cold = 0 if options.check else COLD_BYTES
+        w = ExpertWeights(sizes, options.dtype, ratios.passes(options.double), "cuda", cold)
         here: list[Cell] = []
         for grad in ratios.passes(options.grad):
             for tokens in options.tokens:

@@ -157,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not budget.allows(label(shape, False)):
             continue
         w = CudaWeights(shape, library, seed=sum(shape), device="cuda")
+        if options.check:
+            w.cold_bytes = 0  # one copy
         here: list[Cell] = []
         for grad in ratios.passes(options.grad):
             own: list[Cell] = []
