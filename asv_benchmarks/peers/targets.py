@@ -12,7 +12,9 @@ COMPOSED = "dequantize + torch"
 RATE = "GB/s a thread"
 MICROSECONDS = "µs a call"
 
-_AT_MOST = frozenset({MICROSECONDS, "disturbed"})
+TIME = "time over torch bf16's"
+
+_AT_MOST = frozenset({MICROSECONDS, TIME, "disturbed"})
 """Measures of which less is better."""
 
 
@@ -74,6 +76,12 @@ LARGE = ((8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
 
 EXPERTS = {64: 2.0, 512: 1.0, 4096: 0.93}
 """On an H100 beside torch's grouped product, by tokens of 8 experts each; between two, the later one's."""
+
+TRAINING = Target(TIME, 1.03)
+PREFILL = Target(TIME, 1.02)
+DECODE_GPU = {1: Target(TIME, 0.60), 8: Target(TIME, 0.66), 16: Target(TIME, 0.72)}
+"""A step of an 8B Llama in a CUDA graph, by batch."""
+GENERATE = Target(TIME, 0.65)
 
 
 def many_rows(shape: tuple[int, int], rows: int, grad: bool) -> Target | None:
