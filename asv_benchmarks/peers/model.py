@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from harness import bnb, machine
 from harness.arguments import numbers, words
+from harness.device_time import busy_milliseconds
 from peers import decode, models, ratios, targets
 from peers.cuda import setting
 from peers.decode_step import DecodeStep
@@ -141,7 +142,11 @@ def generating(found: dict[str, nn.Module], batch: int, options: argparse.Namesp
     if BF16 not in runs:
         raise RuntimeError(f"there is nothing to compare with: {notes}")
     name = f"Llama, {options.generate_layers} layers, generate"
-    return Row(name, batch, in_turn(runs, 3), targets.GENERATE, "; ".join(notes))
+    times = in_turn(runs, 3)
+    if options.device == "cuda":  # beside the host's clock; the prefill's share is small
+        busy = {who: busy_milliseconds(lambda who=who: runs[who]()) / options.new for who in runs}
+        notes.append("device ms a token, prefill included: " + ", ".join(f"{w} {ms:.2f}" for w, ms in busy.items()))
+    return Row(name, batch, times, targets.GENERATE, "; ".join(notes))
 
 
 def _synchronize(device: str) -> None:

@@ -130,7 +130,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ratios.add_passes(parser, grad="no", double="too")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of x and of torch's weight")
     parser.add_argument("--check", action="store_true", help="errors beside float32 instead of times")
-    parser.add_argument("--seconds", type=float, default=150.0, help="no more shapes are begun after that")
+    parser.add_argument("--seconds", type=float, default=130.0, help="no more shapes are begun after that")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     return parser.parse_args(argv)
 

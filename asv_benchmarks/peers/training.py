@@ -1,13 +1,13 @@
 """A QLoRA step on layers of Llama 3 8B's shape, beside bitsandbytes and LoRA on bfloat16, on a GPU: time and memory.
 
-    python -m peers.training                                    # 8 layers; 1×2048 and 4×2048 tokens; about a minute
-    python -m peers.training --batch 1 --checkpointing no --rounds 20
-    python -m peers.training --device cpu --tiny                # a look at any machine
+    python -m peers training                                    # 8 layers; 1×2048 and 4×2048 tokens; about a minute
+    python -m peers training --batch 1 --checkpointing no --rounds 20
+    python -m peers training --device cpu --tiny                # a look at any machine
 
 LoRA (r 16) by peft on all linear layers but the head, its own choice of the adapters' dtype (float32), AdamW. The
 models take turns; bfloat16 has the first and the last turn of each round. Of a step: milliseconds until it is done
-(wall) and until the host has queued it (host), medians; the kernels' time by torch's profiler (device); and the peak of
-memory, of torch's count, as if the model were alone: its own tensors, and what a step allocates.
+(wall) and until the host has queued it (host), medians; the time in which a kernel ran, by torch's profiler (device);
+and the peak of memory, of torch's count, as if the model were alone: its own tensors, and what a step allocates.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from harness import bnb, machine
 from harness.arguments import numbers
+from harness.device_time import busy_milliseconds
 from peers import models, targets
 from peers.cuda import setting
 from peers.models import BF16
@@ -107,30 +107,13 @@ class Trainee:
                 state = sum(t.nbytes for s in self.optimizer.state.values() for t in s.values() if t.is_cuda)
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before + self.own + state)
 
-    def profile(self, ids: torch.Tensor, autocast: bool, steps: int = 2) -> None:
+    def profile(self, ids: torch.Tensor, autocast: bool) -> None:
         """Milliseconds of kernels and copies in a step."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(steps):
-                self.step(ids, autocast)
-            torch.cuda.synchronize()
-        self.device = device_milliseconds(profiler.events()) / steps or None
+        self.device = busy_milliseconds(lambda: self.step(ids, autocast)) or None
 
     def reset(self) -> None:
         """Forget what was measured."""
         self.wall, self.host, self.losses, self.peak, self.device = [], [], [], 0, None
-
-
-def device_milliseconds(events: Any) -> float:
-    """In which a kernel or a copy ran; not the annotations, which are on the device's track too."""
-    kind = torch.autograd.DeviceType.CUDA
-    mine = [e.time_range for e in events if e.device_type == kind and not getattr(e, "is_user_annotation", False)]
-    busy = end = 0.0
-    for span in sorted(mine, key=lambda span: span.start):  # launches may overlap
-        busy += max(0.0, span.end - max(end, span.start))
-        end = max(end, span.end)
-    return busy / 1e3
 
 
 @dataclass(frozen=True)
@@ -210,7 +193,7 @@ def compare(
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m peers.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m peers training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=numbers, default=(1, 4), help="sequences of a step (1,4)")
@@ -233,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
-        raise SystemExit("python -m peers.training: no CUDA device")
+        raise SystemExit("python -m peers training: no CUDA device")
     library = bnb.load()
     about = {**(setting(library) if cuda else machine.about()["versions"]), **models.versions()}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)

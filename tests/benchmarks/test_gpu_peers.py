@@ -3,11 +3,12 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.support import skip_or_fail
+from tests.support import installed, skip_or_fail
 
 FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
 
@@ -107,6 +108,19 @@ def test_ratios_are_to_the_mean_of_both_turns(load):
     assert ratios.grouped([("a", "x"), ("b", "y"), ("c", "x")]) == "a; c:\n  x\nb:\n  y"
 
 
+def test_the_device_is_busy_once_at_a_time(load):
+    device_time = load("harness.device_time")
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(start, end, device_type=cuda, **more):
+        return SimpleNamespace(device_type=device_type, time_range=SimpleNamespace(start=start, end=end), **more)
+
+    events = [event(2000, 5000), event(0, 1000), event(4000, 6000), event(4500, 5500), event(9000, 9500)]
+    events += [event(0, 99000, is_user_annotation=True), event(6000, 9000, cpu)]
+    assert device_time.union_milliseconds(events) == 5.5
+    assert device_time.union_milliseconds([]) == 0
+
+
 def test_targets_of_many_rows(load):
     targets, rows = load("peers.targets"), load("peers.rows")
     large = {m: targets.many_rows((14336, 4096), m, False) for m in (16, 64, 96, 512, 1024, 2048, 8192)}
@@ -138,7 +152,9 @@ def test_command_lines(load, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what there is to measure")
-@pytest.mark.parametrize("name", ["rows", "experts"])
+@pytest.mark.parametrize("name", ["rows", "experts", "training", "model"])
 def test_without_a_gpu_they_say_so(load, name):
+    if name in ("training", "model") and not installed("transformers"):
+        skip_or_fail("transformers is not installed")
     with pytest.raises(SystemExit, match=f"peers {name}: no CUDA device"):
         load(f"peers.{name}").main([])
