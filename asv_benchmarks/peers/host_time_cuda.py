@@ -2,7 +2,8 @@
 
     python -m peers.host_time_cuda
 
-Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved. "To the launch" is the
+Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved; so are a layer's forward
+and backward to x, its weight frozen, as in training with adapters (target: 1.3 of nn.Linear's). "To the launch" is the
 time from the call to the entry of cuLaunchKernelEx, measured by a stand-in for that function: without the driver's
 own part. The layers are small, so that the GPU is never waited for.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -21,6 +23,7 @@ from harness import bnb
 from harness.calls import microseconds
 
 SIZE = 256
+TORCH = "torch nn.Linear"
 
 
 def synchronized(call):
@@ -63,34 +66,56 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
     return median(samples)
 
 
-@torch.inference_mode()
+def forward_backward(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """A call of the layer and the gradient for x."""
+    x = x.detach().clone().requires_grad_()
+    gradient = torch.ones_like(layer(x))
+    return lambda: torch.autograd.grad(layer(x), x, gradient)
+
+
+def layers(device: str) -> dict[str, torch.nn.Module]:
+    """torch's, frozen, and the 4-bit forms of it."""
+    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
+    found = {
+        TORCH: plain,
+        "fourbit Linear4bit": fourbit.nn.Linear4bit.from_linear(plain),
+        "fourbit Linear4bit, double-quantized": fourbit.nn.Linear4bit.from_linear(
+            plain, fourbit.QuantConfig(double_quant=True)
+        ),
+    }
+    peer = bnb.linear(plain, torch.bfloat16)
+    return found if peer is None else {**found, "bitsandbytes Linear4bit": peer}
+
+
+def print_calls(what: str, calls: dict[str, Callable[[], object]], rounds: int = 31) -> None:
+    """Time and print."""
+    found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=rounds)
+    print(f"{what}:")
+    for name, value in found.items():
+        print(f"  {name:40} {value:6.1f} us   {value / found[TORCH]:.2f} of torch's nn.Linear")
+
+
 def main() -> None:
     """Measure and print."""
     torch.manual_seed(0)
-    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device="cuda")
-    layer = fourbit.nn.Linear4bit.from_linear(plain)
-    double = fourbit.nn.Linear4bit.from_linear(plain, fourbit.QuantConfig(double_quant=True))
+    found = layers("cuda")
     x = torch.randn(1, SIZE, dtype=torch.bfloat16, device="cuda")
-    packed, state = layer.quant_state()
-    calls = {
-        "torch nn.Linear": lambda: plain(x),
-        "fourbit Linear4bit": lambda: layer(x),
-        "fourbit Linear4bit, double-quantized": lambda: double(x),
-        "fourbit.linear_4bit": lambda: fourbit.linear_4bit(x, packed, state),
-        "torch.empty": lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda"),
-    }
-    peer = bnb.linear(plain, torch.bfloat16)
-    if peer is not None:
-        peer.eval()
-        calls["bitsandbytes Linear4bit"] = lambda: peer(x)
-    found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=31)
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
-    print("host time of a whole call:")
-    for name, value in found.items():
-        print(f"  {name:40} {value:6.1f} us   {value / found['torch nn.Linear']:.2f} of torch's nn.Linear")
-    print("from the call to the driver's launch:")
-    print(f"  {'fourbit Linear4bit':40} {to_the_launch(layer, x):6.1f} us")
-    print(f"  {'fourbit Linear4bit, double-quantized':40} {to_the_launch(double, x):6.1f} us")
+    print_calls(
+        "host time of forward and backward", {name: forward_backward(layer, x) for name, layer in found.items()}
+    )
+    ours, double = (layer for name, layer in found.items() if name.startswith("fourbit"))
+    packed, state = ours.quant_state()
+    with torch.inference_mode():
+        calls = {name: lambda layer=layer: layer(x) for name, layer in found.items()}
+        calls["fourbit.linear_4bit"] = lambda: fourbit.linear_4bit(x, packed, state)
+        calls["torch.empty"] = lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda")
+        for layer in found.values():
+            layer.eval()
+        print_calls("host time of a whole call", calls)
+        print("from the call to the driver's launch:")
+        print(f"  {'fourbit Linear4bit':40} {to_the_launch(ours, x):6.1f} us")
+        print(f"  {'fourbit Linear4bit, double-quantized':40} {to_the_launch(double, x):6.1f} us")
 
 
 if __name__ == "__main__":
