@@ -71,10 +71,10 @@ def heading(title: str, columns: Sequence[int]) -> str:
 
 
 def body(found: Iterable[Cell], columns: Sequence[int], ratios: bool) -> str:
-    """Markdown: a line for each line and contender; ratios to torch, or microseconds."""
+    """Markdown: a line for each line and contender; ratios to torch, or microseconds, torch's of its first turn."""
     text: dict[tuple[str, str], dict[int, str]] = {}
     for cell in found:
-        if not ratios or cell.who not in (TORCH, AGAIN):
+        if cell.who != AGAIN and not (ratios and cell.who == TORCH):
             value = f"{cell.ratio:.2f}" if ratios else _microseconds(cell.microseconds)
             text.setdefault((cell.line, cell.who), {})[cell.column] = value
     return "\n".join(
