@@ -183,6 +183,8 @@ def test_whatever_is_going_on_is_served(trips, what, during, name):
         assert ours[0].dtype == torch.bfloat16
         assert_same(ours, step(f, forward=DISTURBANCES[what]))
         torch.testing.assert_close(ours[0].float(), want[0], rtol=0.02, atol=0.02)
+    elif what == "autocast":  # of torch's matmul, where a backend is composed of it
+        torch.testing.assert_close(ours, want, rtol=0.02, atol=0.02)
     else:
         assert_same(ours, want)
 
