@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from fourbit import direct, ops
-from fourbit.direct import PLAIN, PLAIN_CPU, raw_keys, undisturbed, vouched
+from fourbit.direct import PLAIN, PLAIN_CPU, product, raw_keys, undisturbed, vouched
 from fourbit.operations import OPERATIONS, Operation
 from fourbit.weight import Weight
 
@@ -26,6 +26,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _grad_enabled = torch.is_grad_enabled
 _calls: dict[str, Callable[..., Tensor]] = {name: getattr(torch.ops.fourbit, name).default for name in OPERATIONS}
 _new = tuple.__new__
+_CPU = torch.device("cpu")
 
 _excluded: Callable[[torch._C.DispatchKey], bool] = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -97,8 +98,8 @@ class _Product(_SingleLevelFunction):
         op, shape, _, width = ctx.facts
         if x is None:
             return None if bias is None else bias.expand(*shape[:-1], width)
-        product = _product(op, x, *_saved(ctx), width)
-        return product if bias is None else product + bias
+        along = _product(op, x, *_saved(ctx), width)
+        return along if bias is None else along + bias
 
 
 _apply: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
@@ -128,7 +129,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
         result: Tensor = ops.checked[name](grad, offsets, weight, width)
         return result
     if not vouched(weight):
-        return direct.product(name, grad, weight, width)
+        return product(name, grad, weight, width)
     run = direct.method(name, grad, weight)
     return run(grad if grad.is_contiguous() else grad.contiguous(), weight, width)
 
@@ -183,19 +184,22 @@ def _linear_4bit(
 ) -> Tensor:
     """The kernel at the Autograd key, and with `keys` None the one below it."""
     weight = _new(Weight, (packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset))
-    if keys is None:
-        return direct.linear(x, weight, out_features, bias)
-    raw = raw_keys(keys)
-    if raw not in PLAIN or forward_ad._current_level >= 0:
-        return _record(x, bias, (_LINEAR, None, weight, out_features, None))
-    run = direct.linear if raw != PLAIN_CPU else direct.linear_on_cpu
-    if (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled():
-        return _apply(x, bias, (_LINEAR, None, weight, out_features, run))
-    return run(x, weight, out_features, bias)
+    device = None
+    if keys is not None:
+        raw = raw_keys(keys)
+        if raw not in PLAIN or forward_ad._current_level >= 0:
+            return _record(x, bias, (_LINEAR, None, weight, out_features, None))
+        if raw == PLAIN_CPU:
+            device = _CPU
+        if (x.requires_grad or (bias is not None and bias.requires_grad)) and _grad_enabled():
+            return _apply(x, bias, (_LINEAR, None, weight, out_features, _product_of[device is not None]))
+    return product("linear_4bit", x, weight, out_features, bias, device)
 
 
 _LINEAR = OPERATIONS["linear_4bit"]
 _checked_linear: Callable[..., Tensor] = ops.checked["linear_4bit"]
+_product_of = (partial(product, "linear_4bit"), partial(product, "linear_4bit", device=_CPU))
+"""Of tensors on any device, and of such as are known to lie on the CPU."""
 
 # ---- what layers call where nothing is going on that the dispatcher serves ----------------------------------
 

@@ -30,7 +30,6 @@ _autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 _Parameter = nn.Parameter
 _uint8, _float32 = torch.uint8, torch.float32
-_CPU = torch.device("cpu")
 
 # ---- when ---------------------------------------------------------------------------------------------------
 
@@ -117,16 +116,6 @@ def method(op: str, x: Tensor, weight: Weight) -> Callable[..., Tensor]:
     """The backend's method that runs it; where that has not been looked up before, the op with its checks."""
     run = registry.state.tables[op].get((x.device, x.dtype, weight[3], weight[4] is not None))
     return run or ops.checked[op]
-
-
-def linear(x: Tensor, weight: Weight, width: int, bias: Tensor | None = None) -> Tensor:
-    """`linear_4bit` of plain tensors."""
-    return product("linear_4bit", x, weight, width, bias)
-
-
-def linear_on_cpu(x: Tensor, weight: Weight, width: int, bias: Tensor | None = None) -> Tensor:
-    """The same where all of them are known to lie there."""
-    return product("linear_4bit", x, weight, width, bias, _CPU)
 
 
 def product(
