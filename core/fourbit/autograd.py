@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from fourbit import direct, ops
-from fourbit.direct import PLAIN, PLAIN_CPU, product, raw_keys, undisturbed, vouched
+from fourbit.direct import PLAIN, PLAIN_CPU, autocasting, product, raw_keys, undisturbed, vouched
 from fourbit.operations import OPERATIONS, Operation
 from fourbit.weight import Weight
 
@@ -123,7 +123,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     op, shape, _, _ = ctx.facts
     offsets, weight = _saved(ctx)
     name, width = op.transposed, shape[-1]
-    if _grad_enabled() or not undisturbed(grad):
+    if _grad_enabled() or not undisturbed(grad) or (OPERATIONS[name].autocast and autocasting()):
         return _product(OPERATIONS[name], grad, offsets, weight, width)
     if offsets is not None:
         result: Tensor = ops.checked[name](grad, offsets, weight, width)
@@ -209,6 +209,8 @@ def linear(x: Tensor, weight: Weight, out_features: int, bias: Tensor | None) ->
 
     The caller knows that x is `undisturbed` and the bias plain.
     """
+    if autocasting():
+        x, bias = _cast(x), bias if bias is None else _cast(bias)
     if x.device != weight[0].device:
         return None
     if bias is None or direct.bias_fits(bias, x, out_features):
@@ -222,6 +224,8 @@ def linear(x: Tensor, weight: Weight, out_features: int, bias: Tensor | None) ->
 
 def grouped(name: str, x: Tensor, offsets: Tensor, weight: Weight, width: int) -> Tensor:
     """`grouped_linear_4bit` or its gradient, likewise."""
+    if OPERATIONS[name].autocast and autocasting():
+        x = _cast(x)
     run: Callable[..., Tensor] = ops.checked[name]
     if x.requires_grad and _grad_enabled() and not _excluded(_AUTOGRAD):
         return _apply(x, None, (OPERATIONS[name], offsets, weight, width, run))
@@ -230,17 +234,27 @@ def grouped(name: str, x: Tensor, offsets: Tensor, weight: Weight, width: int) -
 
 # ---- autocast: as torch's own linear, x and bias are cast to the autocast dtype -----------------------------
 
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+"""Kinds of devices, and torch's key of each."""
 
-def _autocast(op: Operation, device_type: str, keys: torch._C.DispatchKeySet) -> Callable[..., Tensor]:
+
+def _cast(tensor: Tensor) -> Tensor:
+    """To the autocast dtype of the device that it is on, if autocast is on for that."""
+    kind = tensor.device.type
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def _autocast(op: Operation, keys: torch._C.DispatchKeySet) -> Callable[..., Tensor]:
     call = _calls[op.name]
     cast_at = [index for index, argument in enumerate(op.flat) if argument.split()[1] in ("x", "bias=None")]
 
     def kernel(*args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
         cast = list(args)
         for index in cast_at:
             if index < len(cast) and cast[index] is not None:
-                cast[index] = cast[index].to(dtype)
+                cast[index] = _cast(cast[index])
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return call(*cast)
 
@@ -253,6 +267,6 @@ for _op in OPERATIONS.values():
         continue
     _kernel = _linear_4bit if _op is _LINEAR else _differentiable(_op)
     ops.library.impl(_op.name, _kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-    for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")) if _op.autocast else ():
+    for _key in _AUTOCAST.values() if _op.autocast else ():
         _keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
-        ops.library.impl(_op.name, _autocast(_op, _type, _keys), _key)  # type: ignore[no-untyped-call]
+        ops.library.impl(_op.name, _autocast(_op, _keys), _key)  # type: ignore[no-untyped-call]

@@ -26,7 +26,9 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _tracing: Callable[[], object] = torch._C._get_tracing_state
-_autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
+autocasting: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any kind of device."""
+
 _profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
 _Parameter = nn.Parameter
 _uint8, _float32 = torch.uint8, torch.float32
@@ -72,17 +74,17 @@ def plain(tensor: Tensor) -> bool:
 
 
 def undisturbed(x: Tensor) -> bool:
-    """Whether all that the dispatcher would add to a call with `x`, and other plain tensors on its device, is autograd.
+    """Whether all that the dispatcher would add to a call with `x`, and other plain tensors on its device, is autograd
+    and autocast.
 
-    So it is if nothing is going on in the thread that the dispatcher serves. A profiler counts: it wants the op's name.
+    So it is if nothing else is going on in the thread that it serves. A profiler counts: it wants the op's name.
     """
     kind = type(x)
     return (
         (kind is Tensor or kind is _Parameter)
         and raw_keys(_keys_of(x)) in _TENSORS
         and forward_ad._current_level < 0
-        and not (_dispatch_modes() or _function_modes() or _transforming())
-        and not (_autocasting() or _tracing() or _profiling())
+        and not (_dispatch_modes() or _function_modes() or _transforming() or _tracing() or _profiling())
     )
 
 

@@ -162,7 +162,6 @@ DISTURBANCES = {
     "function mode": Functions,
     "default device": lambda: torch.device("cpu"),
     "profiler": lambda: torch.autograd.profiler.profile(use_cpu=True),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "forward AD": forward_ad.dual_level,
 }
 
@@ -179,14 +178,63 @@ def test_whatever_is_going_on_is_served(trips, what, during, name):
         assert trips or "function" in name  # the public functions call the op themselves
     else:
         assert trips or what in ("function mode", "default device")  # which are not there for the engine
-    if what == "autocast" and during == "forward":
-        assert ours[0].dtype == torch.bfloat16
-        assert_same(ours, step(f, forward=DISTURBANCES[what]))
-        torch.testing.assert_close(ours[0].float(), want[0], rtol=0.02, atol=0.02)
-    elif what == "autocast":  # of torch's matmul, where a backend is composed of it
-        torch.testing.assert_close(ours, want, rtol=0.02, atol=0.02)
-    else:
+    assert_same(ours, want)
+
+
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast("cpu", dtype=dtype)
+
+
+@every_call
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast_casts_on_the_way_past(trips, monkeypatch, name, x_dtype):
+    f, _ = CALLS[name]
+    x = randn(ROWS, IN, seed=1, dtype=x_dtype).requires_grad_()
+    ours = step(f, forward=autocast, x=x)
+    assert ours[0].dtype == torch.bfloat16 and ours[1].dtype == x_dtype
+    if "function" not in name:
+        assert not trips
+        for module in (fourbit.nn.linear, fourbit.nn.experts):
+            monkeypatch.setattr(module, "undisturbed", lambda x: False)
+        want = step(f, forward=autocast, x=x)
+        assert trips
         assert_same(ours, want)
+    if x_dtype == torch.float32:
+        torch.testing.assert_close(ours[0].float(), f(x), rtol=0.02, atol=0.02)
+
+
+@every_call
+def test_autocast_during_backward(name):
+    """The gradient is no op that autocast knows: of torch's matmul, where a backend is composed of it, it is one."""
+    f, _ = CALLS[name]
+    want, ours = step(f), step(f, backward=autocast)
+    assert ours[1].dtype == torch.float32
+    torch.testing.assert_close(ours, want, rtol=0.02, atol=0.02)
+
+
+@every_call
+def test_autocast_during_a_second_backward(trips, name):
+    """The gradient's own is the op itself, which autocast casts."""
+    f, op = CALLS[name]
+    x = randn(ROWS, IN, seed=1).requires_grad_()
+    (first,) = torch.autograd.grad(f(x).sin().sum(), x, create_graph=True)
+    loss = first.square().sum()
+    (want,) = torch.autograd.grad(loss, x, retain_graph=True)
+    trips.clear()
+    with autocast():
+        (ours,) = torch.autograd.grad(loss, x)
+    assert op in trips
+    assert ours.dtype == torch.float32 and not torch.equal(ours, want)
+    torch.testing.assert_close(ours, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+def test_autocast_for_another_device_changes_nothing(trips):
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would not where there is no such device
+    try:
+        y = linear_layer()(randn(ROWS, IN))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert y.dtype == torch.float32 and not trips
 
 
 @every_call

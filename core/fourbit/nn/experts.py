@@ -86,14 +86,14 @@ class ExpertWeights4bit(PackedModule):
                 f"ExpertWeights4bit: x {list(x.shape)} and offsets {list(offsets.shape)} do not fit the weight"
                 f" [experts, {'in, out' if transposed else 'out, in'}] = {list(self.weight_shape)}"
             )
+        if transposed and torch.is_autocast_enabled(x.device.type):
+            # which knows the other orientation's op, as one of a product
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         op = "grouped_linear_4bit_grad" if transposed else "grouped_linear_4bit"
         if not _compiling() and undisturbed(x) and plain(offsets):
             weight = prepared(self)
             if weight is not None:
                 return autograd.grouped(op, x, offsets, weight, outer)
-        if transposed and torch.is_autocast_enabled(x.device.type):
-            # which knows the other orientation's op, as one of a product
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         first, nested = self.packed_weight().flat()
         return _calls[op](x, offsets, *first, outer, *nested)
 
