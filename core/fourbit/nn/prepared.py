@@ -52,10 +52,8 @@ def _prepare(layer: PackedStorage, codes: Any) -> Weight | None:
         return None
     tables: dict[str, Any] = {**layer._parameters, **layer._buffers}
     parts = tuple(tables[name] for name in (STORAGE[1:] if layer.double_quant else STORAGE[1:3]))
-    # views that are made in inference mode could not be saved for backward; and views know their base, which would
-    # keep them in turn, but for those that `detach` makes
-    with _plain(), torch.inference_mode(False):
-        weight = Weight(*(p.detach() if isinstance(p, Tensor) else p for p in layer.packed_weight()))  # type: ignore[arg-type]
+    with _plain(), torch.inference_mode(False):  # views that are made in inference mode could not be saved for backward
+        weight = layer.packed_weight()
         addresses = tuple(part.data_ptr() for part in (codes, *parts))
     try:
         right = weight.checked("prepared", layer.weight_shape.numel(), weight.packed.device) is weight  # not a copy

@@ -221,6 +221,18 @@ def test_layers_that_share_a_weight():
 
 
 @nested
+@pytest.mark.parametrize("part", ["scales", "codebook"])
+def test_a_part_of_a_part_is_no_part(nested, part):
+    """At the same address, as shards are."""
+    module = layer(nested)
+    module(X)
+    tensors = module._parameters if part in module._parameters else module._buffers
+    tensors[part] = tensors[part][:2]
+    with pytest.raises(ValueError, match="absmax" if part == "scales" else "code must be"):
+        module(X)
+
+
+@nested
 def test_what_is_no_weight_is_not_kept(nested):
     module = layer(nested)
     with torch._C.DisableTorchFunctionSubclass():
