@@ -371,6 +371,15 @@ def test_traces_hold_the_op(name, trace):
     assert_same([run(randn(ROWS, IN, seed=1))], [f(randn(ROWS, IN, seed=1))])
 
 
+@pytest.mark.parametrize("name", ["layer", "experts"])
+def test_compiled_whole(name):
+    f, _ = CALLS[name]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: f(x), fullgraph=True, backend="aot_eager")
+    assert_same(step(compiled), step(f))
+    torch.compiler.reset()
+
+
 # ---- what is saved for backward ------------------------------------------------------------------------------
 
 
