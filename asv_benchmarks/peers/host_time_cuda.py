@@ -1,9 +1,9 @@
-"""Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls.
+"""Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls, also of
+forward and backward.
 
     python -m peers.host_time_cuda
 
-Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved; so are a layer's forward
-and backward to x, its weight frozen, as in training with adapters (target: 1.3 of nn.Linear's). "To the launch" is the
+Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved. "To the launch" is the
 time from the call to the entry of cuLaunchKernelEx, measured by a stand-in for that function: without the driver's
 own part. The layers are small, so that the GPU is never waited for.
 """
@@ -21,19 +21,22 @@ import fourbit
 from fourbit_cuda.driver import launcher
 from harness import bnb
 from harness.calls import microseconds
+from harness.training import Nothing, table, training_microseconds
 
 SIZE = 256
-TORCH = "torch nn.Linear"
+TRAINING_ROWS = (1, 64, 2048)
+"""Of x: of the kernels for few rows and for many, and of a training step."""
 
 
-def synchronized(call):
-    """`call`, with the queue drained every 64 calls, so that no call waits for room in it."""
+def synchronized(call, layers: int = 1):
+    """`call` of so many layers, with the queue drained every 64 of them, so that no call waits for room in it."""
+    every = max(64 // layers, 1)
     count = 0
 
     def run():
         nonlocal count
         count += 1
-        if count % 64 == 0:
+        if count % every == 0:
             torch.cuda.synchronize()
         return call()
 
@@ -66,56 +69,54 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
     return median(samples)
 
 
-def forward_backward(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """A call of the layer and the gradient for x."""
-    x = x.detach().clone().requires_grad_()
-    gradient = torch.ones_like(layer(x))
-    return lambda: torch.autograd.grad(layer(x), x, gradient)
-
-
-def layers(device: str) -> dict[str, torch.nn.Module]:
-    """torch's, frozen, and the 4-bit forms of it."""
-    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
-    found = {
-        TORCH: plain,
-        "fourbit Linear4bit": fourbit.nn.Linear4bit.from_linear(plain),
-        "fourbit Linear4bit, double-quantized": fourbit.nn.Linear4bit.from_linear(
-            plain, fourbit.QuantConfig(double_quant=True)
-        ),
-    }
-    peer = bnb.linear(plain, torch.bfloat16)
-    return found if peer is None else {**found, "bitsandbytes Linear4bit": peer}
-
-
-def print_calls(what: str, calls: dict[str, Callable[[], object]], rounds: int = 31) -> None:
-    """Time and print."""
-    found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=rounds)
-    print(f"{what}:")
-    for name, value in found.items():
-        print(f"  {name:40} {value:6.1f} us   {value / found[TORCH]:.2f} of torch's nn.Linear")
-
-
 def main() -> None:
     """Measure and print."""
     torch.manual_seed(0)
-    found = layers("cuda")
-    x = torch.randn(1, SIZE, dtype=torch.bfloat16, device="cuda")
+    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+    layer = fourbit.nn.Linear4bit.from_linear(plain)
+    double = fourbit.nn.Linear4bit.from_linear(plain, fourbit.QuantConfig(double_quant=True))
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
-    print_calls(
-        "host time of forward and backward", {name: forward_backward(layer, x) for name, layer in found.items()}
-    )
-    ours, double = (layer for name, layer in found.items() if name.startswith("fourbit"))
-    packed, state = ours.quant_state()
-    with torch.inference_mode():
-        calls = {name: lambda layer=layer: layer(x) for name, layer in found.items()}
-        calls["fourbit.linear_4bit"] = lambda: fourbit.linear_4bit(x, packed, state)
-        calls["torch.empty"] = lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda")
-        for layer in found.values():
-            layer.eval()
-        print_calls("host time of a whole call", calls)
-        print("from the call to the driver's launch:")
-        print(f"  {'fourbit Linear4bit':40} {to_the_launch(ours, x):6.1f} us")
-        print(f"  {'fourbit Linear4bit, double-quantized':40} {to_the_launch(double, x):6.1f} us")
+    calls_without_gradient(plain, layer, double)
+    for rows in TRAINING_ROWS:
+        training_calls(rows, plain, layer, double)
+
+
+def training_calls(rows: int, plain: torch.nn.Linear, *layers: fourbit.nn.Linear4bit) -> None:
+    """Of forward and backward."""
+    contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"torch nn.Linear": plain}
+    contenders |= zip(("fourbit Linear4bit", "fourbit Linear4bit, double-quantized"), layers, strict=True)
+    contenders["autograd.Function that does nothing"] = Nothing.apply
+    peer = bnb.linear(plain, torch.bfloat16)
+    if peer is not None:
+        contenders["bitsandbytes Linear4bit"] = peer
+    x = torch.randn(rows, SIZE, dtype=torch.bfloat16, device="cuda")
+    found = training_microseconds(contenders, x, rounds=31, wrap=synchronized)
+    print("\n" + table(found, "torch nn.Linear", f"µs of the host, forward and backward, {rows} rows"))
+
+
+@torch.inference_mode()
+def calls_without_gradient(plain: torch.nn.Linear, layer: fourbit.nn.Linear4bit, double: fourbit.nn.Linear4bit) -> None:
+    """Of forward alone."""
+    x = torch.randn(1, SIZE, dtype=torch.bfloat16, device="cuda")
+    packed, state = layer.quant_state()
+    calls = {
+        "torch nn.Linear": lambda: plain(x),
+        "fourbit Linear4bit": lambda: layer(x),
+        "fourbit Linear4bit, double-quantized": lambda: double(x),
+        "fourbit.linear_4bit": lambda: fourbit.linear_4bit(x, packed, state),
+        "torch.empty": lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda"),
+    }
+    peer = bnb.linear(plain, torch.bfloat16)
+    if peer is not None:
+        peer.eval()
+        calls["bitsandbytes Linear4bit"] = lambda: peer(x)
+    found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=31)
+    print("host time of a whole call:")
+    for name, value in found.items():
+        print(f"  {name:40} {value:6.1f} us   {value / found['torch nn.Linear']:.2f} of torch's nn.Linear")
+    print("from the call to the driver's launch:")
+    print(f"  {'fourbit Linear4bit':40} {to_the_launch(layer, x):6.1f} us")
+    print(f"  {'fourbit Linear4bit, double-quantized':40} {to_the_launch(double, x):6.1f} us")
 
 
 if __name__ == "__main__":

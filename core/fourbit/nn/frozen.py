@@ -77,6 +77,8 @@ class FrozenTensor(Tensor):
                 if name == "copy_" and _holds(target, source):
                     return values[0]
                 raise _refusal(name, func, target)
+            if func == _set_data:
+                vars(target).pop("prepared", None)  # it would keep the memory that is being given up
         if name == "view_as" and values[0].nelement() != values[1].nelement():
             raise _refusal(name, func, values[1])  # torch's vector_to_parameters, which cuts by numel()
         if isinstance(func, OpOverload) or _modes() or any(not issubclass(kind, FrozenTensor) for kind in types):
@@ -127,6 +129,8 @@ class FrozenCodes(_Counted):
     """The codes of a weight, two a byte, which count for the weight."""
 
     count: int | None = None
+    prepared: Any = None
+    """See `fourbit.nn.prepared`."""
 
     def stands_for(self) -> int:
         """The weight's elements: `count`; or two a byte where a library made the parameter anew."""
