@@ -106,7 +106,8 @@ _apply: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
 
 
 # What the engine calls: torch's own wrapper would first look up which of two names the function has.
-_Product._backward_cls.apply = _Product.backward  # type: ignore[attr-defined]
+if hasattr(_Product, "_backward_cls"):
+    _Product._backward_cls.apply = _Product.backward
 
 
 def _saved(ctx: Any) -> tuple[Tensor | None, Weight]:
