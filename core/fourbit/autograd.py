@@ -107,7 +107,7 @@ _apply: Callable[..., Tensor] = _Product.apply  # type: ignore[attr-defined]
 
 # What the engine calls: torch's own wrapper would first look up which of two names the function has.
 if hasattr(_Product, "_backward_cls"):
-    _Product._backward_cls.apply = _Product.backward
+    _Product._backward_cls.apply = _Product.backward  # type: ignore[attr-defined]
 
 
 def _saved(ctx: Any) -> tuple[Tensor | None, Weight]:
