@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fourbit.config import QuantConfig
 from fourbit.functional import grouped_linear_4bit
 from fourbit.nn.packed import PackedModule, options
+from fourbit.nn.storage import parallel
 from fourbit.nn.view import Holder, WeightView
 
 if TYPE_CHECKING:
@@ -69,21 +71,39 @@ class ExpertWeights4bit(PackedModule):
 
         The weight is [experts, out, in], or with `transposed` [experts, in, out]; `offsets` (int32 or int64
         [experts]) are the ends of the experts' rows. Differentiable in x; see `fourbit.grouped_linear_4bit`.
+        Where the experts are divided over processes, x and `offsets` are of this one's alone, see `own_experts`.
         """
-        if not transposed:
+        if not transposed and self.split is None:
             packed, state = self.quant_state()
             return grouped_linear_4bit(x, offsets, packed, state)
-        count, inner, outer = self.weight_shape
+        _, *matrix = self.weight_shape
+        count = len(self.own_experts)
+        outer, inner = matrix if not transposed else reversed(matrix)
         if x.shape[-1:] != (inner,) or offsets.shape != (count,):
             raise ValueError(
                 f"ExpertWeights4bit: x {list(x.shape)} and offsets {list(offsets.shape)} do not fit the weight"
-                f" [experts, in, out] = {list(self.weight_shape)}"
+                f" [experts, in, out] = {[count, inner, outer]}"
             )
+        if not count:
+            return x @ x.new_zeros(inner, outer)
         if torch.is_autocast_enabled(x.device.type):  # which knows the other orientation's op, as one of a product
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, nested = self.packed_weight().flat()
-        y: Tensor = torch.ops.fourbit.grouped_linear_4bit_grad(x, offsets, *weight, outer, *nested)
+        held = self.packed_weight() if self.split is None else parallel().part(self)
+        weight, nested = held.flat()
+        op = torch.ops.fourbit.grouped_linear_4bit_grad if transposed else torch.ops.fourbit.grouped_linear_4bit
+        y: Tensor = op(x, offsets, *weight, outer, *nested)
         return y
+
+    def parallel_shape(self) -> tuple[int, int]:
+        """Experts, and the elements of each."""
+        count, *matrix = self.weight_shape
+        return count, prod(matrix)
+
+    @property
+    def own_experts(self) -> range:
+        """Which experts this process has: all, where they are not divided."""
+        cut = None if self.split is None else self.split.cut
+        return range(self.weight_shape[0]) if cut is None else range(cut.start, cut.stop)
 
     def __len__(self) -> int:
         return self.weight_shape[0]

@@ -8,7 +8,7 @@ a linear layer of torch gives it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -78,22 +78,41 @@ def register(layer: Layer, name: str, value: DTensor) -> None:
         (placement,) = value.placements
         layer.split = Split(mesh, _cut(layer, placement.dim, mesh) if isinstance(placement, Shard) else None)
     for own in ("qweight", "scales") if name == "weight" else (name,):
-        _distribute(layer, own, layer.split)
+        _distribute(layer, own, layer.split, 0)
+
+
+def divide(layer: Layer, mesh: DeviceMesh, dim: int) -> None:
+    """Have each process of `mesh` keep its part of a weight that all hold whole: of the rows (`dim` 0) or columns.
+
+    As torch's parallel styles do it with `src_data_rank=None`, so without communication, and without their hooks.
+    """
+    layer.split = Split(mesh, _cut(layer, dim, mesh))
+    for own in ("qweight", "scales"):
+        _distribute(layer, own, layer.split, None)
+    bias = layer._parameters.get("bias")
+    if bias is not None:
+        made = distribute_tensor(bias.detach(), mesh, [Replicate() if dim else Shard(0)], src_data_rank=None)
+        layer._parameters["bias"] = nn.Parameter(made, requires_grad=bias.requires_grad)
 
 
 def _cut(layer: Layer, dim: int, mesh: DeviceMesh) -> Cut:
-    out, inner = layer.parallel_shape()
-    return Cut.of((out, inner), layer.blocksize, layer.double_quant, dim, mesh.size(), mesh.get_local_rank())
+    shape = layer.parallel_shape()
+    if dim and len(layer.weight_shape) > 2:
+        raise NotImplementedError(f"{type(layer).__name__} can be divided by experts, Shard(0), got Shard({dim})")
+    cut = Cut.of(shape, layer.blocksize, layer.double_quant, dim, mesh.size(), mesh.get_local_rank())
+    held = layer._parameters  # flat ones have no rows to divide
+    flat = {name: held[name].dim() < len(layer.weight_shape) for name in ("qweight", "scales")}
+    return replace(cut, codes=cut.codes and not flat["qweight"], scales=cut.scales and not flat["scales"])
 
 
-def _distribute(layer: Layer, name: str, split: Split) -> None:
+def _distribute(layer: Layer, name: str, split: Split, source: int | None) -> None:
     held = layer._parameters[name]
     if held is None or isinstance(held, DTensor):
         return
     cut = split.cut
     sharded = cut is not None and (cut.codes if name == "qweight" else cut.scales)
     placement = Shard(cut.dim) if cut is not None and sharded else Replicate()
-    made = distribute_tensor(plain(held), split.mesh, [placement])
+    made = distribute_tensor(plain(held), split.mesh, [placement], src_data_rank=source)
     layer._parameters[name] = nn.Parameter(made, requires_grad=False)
 
 
@@ -183,6 +202,18 @@ def linear(layer: Layer, x: Tensor, bias: Tensor | None) -> Tensor:
         # it belongs to the sum once; the others add zero, so that each has the gradient
         y = y + (own if cut.part == 0 else own - own.detach())
     return _global(y, x, [Partial()], layer.weight_shape[0])
+
+
+def entered(x: Tensor, split: Split) -> Tensor:
+    """x, which is the same on each process, for what each adds its part to; their gradients are summed up."""
+    x = DTensor.from_local(x, split.mesh, [Replicate()], run_check=False)
+    return x.to_local(grad_placements=[Partial()])
+
+
+def summed(y: Tensor, split: Split) -> Tensor:
+    """The sum of the processes' parts, on each."""
+    y = DTensor.from_local(y, split.mesh, [Partial()], run_check=False)
+    return y.redistribute(placements=[Replicate()]).to_local()
 
 
 def _rows(x: Tensor, layer: Layer, cut: Cut, bias: Tensor | None) -> Tensor:
