@@ -78,8 +78,8 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     """The forward of a module of stacked experts: hidden_states [T, hidden] to the weighted sum of its experts'.
 
     top_k_index and top_k_weights are [T, k]. An index of `num_experts` or more (another rank's expert, under expert
-    parallelism) adds nothing, nor does an expert of another process where `from_pretrained(tp_plan=…)` has divided them:
-    then the processes' sums are summed up. Of what is computed nothing depends on values on the host.
+    parallelism) adds nothing, nor does an expert of another process where `from_pretrained(tp_plan=…)` has divided
+    them: then the processes' sums are summed up. Of what is computed nothing depends on values on the host.
     """
     tokens, k = top_k_index.shape
     split, own = _divided(self)

@@ -82,13 +82,13 @@ class Plan:
         plan.update(dict.fromkeys(self._entries, WHOLE))
 
     def require_whole(self, model: Any, name: str) -> None:
-        """Raise NotImplementedError for a weight that transformers has divided: by a plan that came later, or experts."""
+        """Raise NotImplementedError for a weight that transformers has divided: by a later plan, or experts."""
         held = model.get_parameter_or_buffer(name)
         plan = getattr(model, "tp_plan", None) or {}
         said = {plan.get(_key(each), WHOLE) for each in (name, name.rpartition(".")[0])} - {WHOLE}
         if hasattr(held, "device_mesh") or (said and _size(model) > 1):
             raise NotImplementedError(
-                f"{name}: fourbit carries out the model's own plan, tp_plan=\"auto\", on 4-bit weights, no other one and"
+                f'{name}: fourbit carries out the model\'s own plan, tp_plan="auto", on 4-bit weights, no other one and'
                 " no expert parallelism; name the module in skip_modules to leave it to transformers in 16 bit"
             )
 

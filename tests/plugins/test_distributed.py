@@ -94,8 +94,6 @@ def run_ddp(rank, rows, double_quant, folder):
     torch.testing.assert_close(train(nn.parallel.DistributedDataParallel(model)), want, rtol=1e-4, atol=1e-4)
 
 
-# torch 2.11 wraps every shard in a Parameter that requires a gradient, which integers cannot
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="FSDP2 takes integer parameters with torch 2.13 or newer")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_fsdp2(rows, double_quant, tmp_path):

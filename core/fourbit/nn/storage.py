@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fourbit import checks, codebooks, dispatch
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
+from fourbit.nn import integer_shards
 from fourbit.nn.frozen import FrozenCodes, FrozenScales, FrozenTensor, frozen, plain
 from fourbit.nn.loading import entry_errors
 from fourbit.nn.view import WeightView
@@ -192,6 +193,7 @@ class PackedStorage(nn.Module):
         for name, tensor in self.storage_of(packed, state).items():
             own = getattr(self, name)
             own.copy_(tensor) if self.split is None else parallel().copy_into(own, tensor)
+        self._forget()
         self.rewrites = 0
 
     def storage_of(self, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
@@ -250,6 +252,18 @@ class PackedStorage(nn.Module):
             parallel().register(self, name, param)
         else:
             super().register_parameter(name, param)
+
+    if integer_shards.NEEDED:
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            """As nn.Module's: what FSDP2 and parallel styles ask for first."""
+            integer_shards.allow()
+            return super().named_parameters(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Have what is derived of a distributed weight made anew: writing through a DTensor leaves no trace on it."""
+        if self.split is not None:
+            self.split.weight = None
 
     def parallel_shape(self) -> tuple[int, int]:
         """The rows and columns by which tensor parallelism may divide the weight. NotImplementedError: it may not."""
@@ -313,6 +327,7 @@ class PackedStorage(nn.Module):
         )
         self._freeze()
         self.rewrites = 0
+        self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
