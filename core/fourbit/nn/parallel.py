@@ -119,6 +119,7 @@ def _distribute(layer: Layer, name: str, split: Split, source: int | None) -> No
 # ---- the weight: this process's part, and the whole ----------------------------------------------------------
 
 
+@torch.inference_mode(False)  # what is kept a later training may use
 @torch.no_grad()
 def part(layer: Layer) -> Weight:
     """This process's part of the weight, as the ops take it; made once, and again when the storage has changed."""
