@@ -93,7 +93,10 @@ class Plan:
             )
 
     def carry_out(self, model: Any) -> None:
-        """Divide the model's 4-bit layers; nothing where transformers has not been asked to divide the model."""
+        """Divide the model's 4-bit layers; nothing where transformers has not been asked to divide the model.
+
+        The plan of a divided model keeps our style for them: what is saved is whole already, and not to be gathered.
+        """
         mesh = getattr(model, "_device_mesh", None)
         if self._entries and mesh is not None and _size(model) > 1:
             mesh = mesh if mesh.ndim == 1 else mesh["tp"]
@@ -101,7 +104,7 @@ class Plan:
                 style = self._entries.get(_key(name))
                 if style is not None and isinstance(module, PackedModule):
                     divide(name, module, style, mesh)
-        if self._entries:
+        elif self._entries:
             model.tp_plan.update(self._entries)
         self._entries = {}
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 import fourbit
 from fourbit.nn import ExpertWeights4bit, PackedModule
 from fourbit_transformers import FourbitConfig
+from fourbit_transformers.tensor_parallel import WHOLE
 from tests.plugins.expert_models import SIZES, make, randomize
 from tests.processes import spawn
 
-STYLES = "colwise", "rowwise", "colwise_gather_output", "rowwise_split_input", "packed_colwise"
 IDS = torch.arange(12).reshape(2, 6) + 5
 
 
@@ -56,7 +56,7 @@ def run(rank, cases, folder):
     for source, options, reference, want in cases:
         model = T.AutoModelForCausalLM.from_pretrained(source, tp_plan="auto", **options)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}
-        planned = {name for name in layers if model.tp_plan.get(re.sub(r"\d+", "*", name)) in STYLES}
+        planned = {name for name in layers if model.tp_plan.get(re.sub(r"\d+", "*", name)) == WHOLE}
         assert {name for name, layer in layers.items() if layer.split is not None} == planned != set()
         assert "decoded to float32" in "".join(fourbit.explain(layer).part for layer in layers.values())
         with torch.no_grad():
