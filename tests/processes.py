@@ -1,4 +1,4 @@
-"""Several gloo processes on this machine, for tests of what is distributed."""
+"""Several processes on this machine, for tests of what is distributed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from tests.support import skip_or_fail
+from tests.support import skip_or_fail, skip_without_device
 
 
-def worker(rank: int, function: Callable[..., None], count: int, port: int, *args: Any) -> None:
+def worker(rank: int, function: Callable[..., None], count: int, port: int, device: str, *args: Any) -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=count)
     function(rank, *args)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -28,11 +31,13 @@ def worker(rank: int, function: Callable[..., None], count: int, port: int, *arg
     os._exit(0)
 
 
-def spawn(function: Callable[..., None], *args: Any, count: int = 2) -> None:
-    """`function(rank, *args)` in `count` processes, which are in a gloo group; raises what one of them raises."""
+def spawn(function: Callable[..., None], *args: Any, count: int = 2, device: str = "cpu") -> None:
+    """`function(rank, *args)` in `count` processes of a gloo group, or NCCL's; raises what one of them raises."""
+    if device == "cuda" and torch.cuda.device_count() < count:
+        skip_without_device(f"this wants {count} GPUs")
     if not torch.distributed.is_available():
         skip_or_fail("this torch is built without torch.distributed")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, (function, count, port, *args), nprocs=count)
+    mp.spawn(worker, (function, count, port, device, *args), nprocs=count)

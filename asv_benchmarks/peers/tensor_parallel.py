@@ -5,8 +5,8 @@
 
 The blocks of Llama 3.1 8B (no embedding; the output head in bfloat16 for both) with random weights, parallelize_module
 with ColwiseParallel and RowwiseParallel, NCCL (gloo on CPUs). Contenders take turns. A decode step has a cache of
-`--context` tokens; it runs as a CUDA graph and, for what the host costs, without. Prints on process 0 alone: the slowest
-process's times.
+`--context` tokens; it runs as a CUDA graph and, for what the host costs, without. Process 0 prints, of the times the
+slowest process's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,7 @@ def main() -> None:
     def show(what: str, tokens: int, calls: dict[str, Callable[[], Any]], rounds: int) -> None:
         times = timed(calls, rounds, device)
         ratio = times["bf16"].median / times["4-bit"].median
-        text = "; ".join(
-            f"{name} {milliseconds(t)} ms, {tokens / t.median:.0f} tokens/s" for name, t in times.items()
-        )
+        text = "; ".join(f"{name} {milliseconds(t)} ms, {tokens / t.median:.0f} tokens/s" for name, t in times.items())
         say(f"{parts} processes, {what}: {text}; ratio {ratio:.2f}", flush=True)
         rows.append({"processes": parts, "what": what, "ratio": ratio, **{n: t.median for n, t in times.items()}})
 
@@ -216,13 +215,13 @@ def main() -> None:
         x = torch.randn(batch, 1, options.hidden, dtype=torch.bfloat16, device=device)
         for model in models.values():
             fill_caches(model, batch, options, parts, device)
-        steps = {name: (lambda model=model: model(x)) for name, model in models.items()}
+        steps = {name: partial(model, x) for name, model in models.items()}
         show(f"decode, batch {batch}, eager", batch, steps, options.rounds)
         if device.type == "cuda":
             replays = {name: graphed(step) for name, step in steps.items()}
             show(f"decode, batch {batch}, CUDA graph", batch, {n: r for n, (r, _) in replays.items()}, options.rounds)
     x = torch.randn(1, options.prompt, options.hidden, dtype=torch.bfloat16, device=device)
-    prefill = {name: (lambda model=model: model(x)) for name, model in models.items()}
+    prefill = {name: partial(model, x) for name, model in models.items()}
     show(f"prefill of {options.prompt}", options.prompt, prefill, max(options.rounds // 5, 3))
     if options.json and dist.get_rank() == 0:
         Path(options.json).write_text(json.dumps({**about, "gpu_bytes": sizes, "rows": rows}, indent=1))

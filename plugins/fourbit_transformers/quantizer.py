@@ -65,7 +65,14 @@ class FourbitQuantizer(HfQuantizer):
     # ---- what transformers asks before it loads ---------------------------------------------------------
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Nothing: fourbit runs wherever torch does."""
+        """fourbit runs wherever torch does. Raises NotImplementedError under DeepSpeed's ZeRO-3."""
+        from transformers.integrations import deepspeed
+
+        if deepspeed.is_deepspeed_zero3_enabled():
+            raise NotImplementedError(
+                "DeepSpeed's ZeRO-3 is not supported with 4-bit weights, which it would partition as numbers: shard the"
+                " model with FSDP2 (fsdp=True and fsdp_config={'version': 2} in TrainingArguments), or use ZeRO-2"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """The current accelerator where none is named, as with bitsandbytes."""

@@ -17,6 +17,7 @@ from fourbit_transformers.tensor_parallel import WHOLE
 from tests.plugins.expert_models import SIZES, make, randomize
 from tests.processes import spawn
 
+pytestmark = pytest.mark.long
 IDS = torch.arange(12).reshape(2, 6) + 5
 
 
@@ -87,10 +88,7 @@ def test_another_plan_is_refused(tmp_path):
     spawn(run_refused, str(tmp_path))
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("qwen3-moe", "mixtral", "deepseek-v3", "olmoe")]
-
-
-@pytest.mark.parametrize("name", ("llama", *OTHERS))
+@pytest.mark.parametrize("name", ("llama", "qwen3-moe", "mixtral", "deepseek-v3", "olmoe"))
 def test_same_as_one_process(name, tmp_path):
     cases, experts = of_one_process(llama() if name == "llama" else make(name), tmp_path)
     assert experts == (name != "llama")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from fourbit.nn import strategies as strategies
 from fourbit.nn.cut import Cut
 from fourbit.nn.frozen import plain
 from fourbit.weight import Weight

@@ -34,11 +34,10 @@ class Gated(nn.Module):
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def build(hidden, inner, blocksize, double_quant):
+def build(hidden, inner, blocksize, double_quant, device="cpu"):
     torch.manual_seed(0)
-    return fourbit.quantize_model(
-        Gated(hidden, inner), fourbit.QuantConfig(blocksize=blocksize, double_quant=double_quant)
-    )
+    config = fourbit.QuantConfig(blocksize=blocksize, double_quant=double_quant)
+    return fourbit.quantize_model(Gated(hidden, inner), config).to(device)
 
 
 def step(model, x):
@@ -72,16 +71,16 @@ def same(a, b):
         assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
 
 
-def run_mlp(rank, count, cases, folder):
+def run_mlp(rank, count, cases, folder, device):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (count,))
-    for name, (hidden, inner, blocksize, double_quant) in cases.items():
-        whole = build(hidden, inner, blocksize, double_quant)
+    mesh = init_device_mesh(device, (count,))
+    for name, (hidden, inner, *how) in cases.items():
+        whole = build(hidden, inner, *how, device)
         divided = divide(copy.deepcopy(whole), mesh)
-        x = torch.randn(5, hidden)
+        x = torch.randn(5, hidden).to(device)
         want, got = step(whole, x), step(divided, x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
         reference = whole.state_dict()
@@ -93,9 +92,9 @@ def run_mlp(rank, count, cases, folder):
         assert torch.equal(divided.down.weight.clone(), whole.down.weight.clone())
         assert torch.equal(copy.deepcopy(divided).up.dequantize(), whole.up.dequantize())
         # another weight, loaded and stored, reaches what is derived
-        other = build(hidden, inner, blocksize, double_quant)
+        other = build(hidden, inner, *how, device)
         for layer in (other.gate, other.up, other.down):
-            layer.store(0.1 * torch.randn(layer.weight_shape))
+            layer.store(0.1 * torch.randn(layer.weight_shape).to(device))
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(divided, other.state_dict(), options=options)
         torch.testing.assert_close(divided(x), other(x), rtol=1e-4, atol=1e-5)
@@ -104,7 +103,7 @@ def run_mlp(rank, count, cases, folder):
         torch.testing.assert_close(divided(x), other(x), rtol=1e-4, atol=1e-5)
         # a distributed checkpoint, which each process writes its part of
         dcp.save(get_model_state_dict(divided), checkpoint_id=f"{folder}/{name}")
-        again = divide(build(hidden, inner, blocksize, double_quant), mesh)
+        again = divide(build(hidden, inner, *how, device), mesh)
         state = get_model_state_dict(again)
         dcp.load(state, checkpoint_id=f"{folder}/{name}")
         set_model_state_dict(again, state)
@@ -132,9 +131,58 @@ def run_words(rank, count):
         parallelize_module(embedding, mesh, {"0": ColwiseParallel()})
 
 
+def run_ops(rank, count):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    from fourbit.nn import strategies  # noqa: F401
+
+    mesh = init_device_mesh("cpu", (count,))
+    layer = build(64, 128, 32, False).up
+    weight = layer.packed_weight()
+    x = torch.randn(4, 64)
+
+    def at(tensor, placement):
+        return distribute_tensor(tensor, mesh, [placement])
+
+    code = at(weight.code, Replicate())
+    want = torch.ops.fourbit.linear_4bit(x, *weight[:4], 128)
+    grad = torch.ops.fourbit.linear_4bit_grad(want, *weight[:4], 64)
+    for of_x, of_weight, of_y in (
+        (Replicate(), Replicate(), Replicate()),
+        (Shard(0), Replicate(), Shard(0)),
+        (Shard(1), Shard(1), Partial()),
+        (Replicate(), Shard(0), None),  # gathered
+    ):
+        packed, absmax = at(weight.packed, of_weight), at(weight.absmax, of_weight)
+        y = torch.ops.fourbit.linear_4bit(at(x, of_x), packed, absmax, code, 32, 128)
+        assert of_y is None or y.placements == (of_y,)
+        torch.testing.assert_close(y.full_tensor(), want)
+    packed, absmax = at(weight.packed, Shard(0)), at(weight.absmax, Shard(0))
+    y = torch.ops.fourbit.linear_4bit_grad(at(want, Shard(1)), packed, absmax, code, 32, 64)
+    assert y.placements == (Partial(),)
+    torch.testing.assert_close(y.full_tensor(), grad)
+    dense = torch.ops.fourbit.dequantize_4bit(packed, absmax, code, 32, [128, 64], torch.float32)
+    assert torch.equal(dense.full_tensor(), layer.dequantize())
+    ids = at(torch.tensor([[5, 1], [0, 127]]), Shard(0))
+    rows = torch.ops.fourbit.embedding_4bit(ids, packed, absmax, code, 32, 128, 64, torch.float32)
+    assert rows.placements == (Shard(0),)
+    assert torch.equal(rows.full_tensor(), layer.dequantize()[ids.full_tensor()])
+
+
 @pytest.mark.parametrize("count", (2, pytest.param(4, marks=pytest.mark.long)))
 def test_mlp(count, tmp_path):
-    spawn(run_mlp, count, CASES, str(tmp_path), count=count)
+    spawn(run_mlp, count, CASES, str(tmp_path), "cpu", count=count)
+
+
+@pytest.mark.parametrize("count", (2, 4))
+def test_mlp_on_gpus(count, tmp_path):
+    spawn(run_mlp, count, CASES, str(tmp_path), "cuda", count=count, device="cuda")
+
+
+@pytest.mark.long
+def test_ops_on_dtensors():
+    spawn(run_ops, 2)
 
 
 def test_explained_and_refused():
