@@ -68,7 +68,7 @@ class FourbitQuantizer(HfQuantizer):
         """fourbit runs wherever torch does. Raises NotImplementedError under DeepSpeed's ZeRO-3."""
         from transformers.integrations import deepspeed
 
-        if deepspeed.is_deepspeed_zero3_enabled():
+        if deepspeed.is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 "DeepSpeed's ZeRO-3 is not supported with 4-bit weights, which it would partition as numbers: shard the"
                 " model with FSDP2 (fsdp=True and fsdp_config={'version': 2} in TrainingArguments), or use ZeRO-2"

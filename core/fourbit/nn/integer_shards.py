@@ -33,8 +33,8 @@ class _Meta(type(nn.Parameter)):  # type: ignore[misc]
 
 class _Parameter(nn.Parameter, metaclass=_Meta):
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> Any:
-        can = data is None or data.is_floating_point() or data.is_complex()
-        return nn.Parameter(data, requires_grad and can)
+        data = torch.empty(0) if data is None else data
+        return nn.Parameter(data, requires_grad and (data.is_floating_point() or data.is_complex()))
 
 
 class _Nn(ModuleType):

@@ -82,7 +82,8 @@ def run_mlp(rank, count, cases, folder, device):
         divided = divide(copy.deepcopy(whole), mesh)
         x = torch.randn(5, hidden).to(device)
         want, got = step(whole, x), step(divided, x)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        near = {"rtol": 1e-3, "atol": 1e-3} if device == "cuda" else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(got, want, **near, msg=lambda text, name=name: f"{name}: {text}")
         reference = whole.state_dict()
         if rank == 0:
             same(full(divided), reference)
@@ -97,17 +98,17 @@ def run_mlp(rank, count, cases, folder, device):
             layer.store(0.1 * torch.randn(layer.weight_shape).to(device))
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(divided, other.state_dict(), options=options)
-        torch.testing.assert_close(divided(x), other(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(divided(x), other(x), **near)
         divided.gate.store(whole.gate.dequantize())
         other.gate.store(whole.gate.dequantize())
-        torch.testing.assert_close(divided(x), other(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(divided(x), other(x), **near)
         # a distributed checkpoint, which each process writes its part of
         dcp.save(get_model_state_dict(divided), checkpoint_id=f"{folder}/{name}")
         again = divide(build(hidden, inner, *how, device), mesh)
         state = get_model_state_dict(again)
         dcp.load(state, checkpoint_id=f"{folder}/{name}")
         set_model_state_dict(again, state)
-        torch.testing.assert_close(again(x), other(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again(x), other(x), **near)
 
 
 def run_words(rank, count):
