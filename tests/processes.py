@@ -7,10 +7,11 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.support import skip_or_fail, skip_without_device
+from tests.support import skip_or_fail
 
 
 def worker(rank: int, function: Callable[..., None], count: int, port: int, device: str, *args: Any) -> None:
@@ -34,7 +35,7 @@ def worker(rank: int, function: Callable[..., None], count: int, port: int, devi
 def spawn(function: Callable[..., None], *args: Any, count: int = 2, device: str = "cpu") -> None:
     """`function(rank, *args)` in `count` processes of a gloo group, or NCCL's; raises what one of them raises."""
     if device == "cuda" and torch.cuda.device_count() < count:
-        skip_without_device(f"this wants {count} GPUs")
+        pytest.skip(f"this wants {count} GPUs")
     if not torch.distributed.is_available():
         skip_or_fail("this torch is built without torch.distributed")
     with socket.socket() as s:

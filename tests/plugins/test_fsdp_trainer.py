@@ -19,6 +19,13 @@ for package in ("accelerate", "peft"):
         skip_or_fail(f"{package} is not installed")
 
 
+def require_fsdp2():
+    from accelerate import utils
+
+    if not hasattr(utils, "fsdp2_prepare_model"):
+        pytest.skip("this accelerate has no FSDP2")
+
+
 def run(folder, name, *more, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(PROGRAM), str(folder), name, *more]
@@ -29,6 +36,7 @@ def run(folder, name, *more, processes=1):
 
 
 def check(devices, tmp_path):
+    require_fsdp2()
     llama().save_pretrained(tmp_path / "plain")
     one = run(tmp_path, "one", *devices)
     assert len(one["losses"]) == 20 and one["losses"][-1] < one["losses"][0]
