@@ -25,6 +25,8 @@ class Explanation:
         rejected: `(backend, reason)` of those asked before it.
         others: `(name, state, reason)` of backends that were found but are not ready.
         error: the full message if no backend runs it.
+        part: of a layer that is distributed over processes, which part of the weight this one has, and what of it is
+            held otherwise than in the whole.
     """
 
     query: OpQuery
@@ -33,6 +35,7 @@ class Explanation:
     rejected: tuple[tuple[str, str], ...]
     others: tuple[tuple[str, str, str], ...]
     error: str = ""
+    part: str = ""
 
     @property
     def op(self) -> str:
@@ -49,12 +52,14 @@ class Explanation:
             "double_quant": self.query.nested,
             "backend": self.backend,
             "path": self.path,
+            "part": self.part,
             "rejected": [{"backend": name, "reason": reason} for name, reason in self.rejected],
             "not_ready": [{"backend": n, "state": s, "reason": r} for n, s, r in self.others],
         }
 
     def __str__(self) -> str:
         lines = [f"{dispatch.format_query(self.query)}: {self.backend or 'NO BACKEND'} ({self.path})"]
+        lines += [f"  {self.part}"] if self.part else []
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         lines += [f"  not {name} ({state}): {reason}" for name, state, reason in self.others]
         return "\n".join(lines)
@@ -79,7 +84,12 @@ def explain(
 
     Raises ValueError for a name that is no op, TypeError for a module that is no 4-bit layer.
     """
+    part = ""
     if isinstance(layer_or_op, PackedModule):
+        split = layer_or_op.split
+        if split is not None:
+            part = f"whole on each of {split.mesh.size()} processes" if split.cut is None else split.cut.words()
+            shape = shape or (layer_or_op.weight_shape if split.cut is None else split.cut.size)
         query, shape = layer_or_op.query(), shape or layer_or_op.weight_shape
     elif isinstance(layer_or_op, nn.Module):
         inside = sum(isinstance(m, PackedModule) for m in layer_or_op.modules())
@@ -103,9 +113,9 @@ def explain(
     try:
         found = dispatch.resolve(query)
     except registry.NoBackendError as error:
-        return Explanation(query, None, "no backend runs this", (), others, str(error))
+        return Explanation(query, None, "no backend runs this", (), others, str(error), part)
     path = dispatch.describe(found, tuple(shape))
-    return Explanation(query, found.entry.name, path, found.rejected, others)
+    return Explanation(query, found.entry.name, path, found.rejected, others, part=part)
 
 
 __all__ = ["Explanation", "explain"]

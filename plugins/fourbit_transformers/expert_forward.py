@@ -48,7 +48,9 @@ def grouped_linear(weights: Any, x: Tensor, offsets: Tensor, transposed: bool) -
     """
     if isinstance(weights, AdaptedExperts):
         y = grouped_linear(weights.weights, x, offsets, transposed)
+        own = weights.weights.own_experts
         for left, right, scaling in weights.updates:
+            left, right = left[own.start : own.stop], right[own.start : own.stop]
             first, second = (left, right) if transposed else (right, left)
             y = y + scaling * _dense(second, _dense(first, x.to(y.dtype), offsets, transposed), offsets, transposed)
         return y
@@ -76,24 +78,35 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     """The forward of a module of stacked experts: hidden_states [T, hidden] to the weighted sum of its experts'.
 
     top_k_index and top_k_weights are [T, k]. An index of `num_experts` or more (another rank's expert, under expert
-    parallelism) adds nothing. Of what is computed nothing depends on values on the host.
+    parallelism) adds nothing, nor does an expert of another process where `from_pretrained(tp_plan=…)` has divided
+    them: then the processes' sums are summed up. Of what is computed nothing depends on values on the host.
     """
     tokens, k = top_k_index.shape
+    split, own = _divided(self)
+    if split is not None:
+        from fourbit.nn.parallel import entered, summed
+
+        hidden_states, top_k_weights = (entered(each, split) for each in (hidden_states, top_k_weights))
+        top_k_index = top_k_index - own.start
+        top_k_index = torch.where((top_k_index < 0) | (top_k_index >= len(own)), len(own), top_k_index)
     experts, order = torch.sort(top_k_index.reshape(-1))
-    numbers = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
+    numbers = torch.arange(len(own), device=experts.device, dtype=experts.dtype)
     offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     x = hidden_states[order // k]
     elsewhere = None
-    if getattr(self, "_is_expert_parallel", True):  # older versions do not say
-        elsewhere = (experts >= self.num_experts).unsqueeze(-1)
-        experts = experts.clamp(max=self.num_experts - 1)  # they have no bias here
+    if split is not None or getattr(self, "_is_expert_parallel", True):  # older versions do not say
+        elsewhere = (experts >= len(own)).unsqueeze(-1)
+        experts = experts.clamp(max=max(len(own) - 1, 0))  # they have no bias here
         x = x.masked_fill(elsewhere, 0)  # and no gradient
 
     def project(name: str, x: Tensor) -> Tensor:
-        y = grouped_linear(getattr(self, name), x, offsets, self.is_transposed)
+        weights = getattr(self, name)
+        if split is not None and isinstance(weights, Tensor):  # one that is left in 16 bit, and whole
+            weights = weights[own.start : own.stop]
+        y = grouped_linear(weights, x, offsets, self.is_transposed)
         if elsewhere is not None:
             y = y.masked_fill(elsewhere, 0)
-        return y + getattr(self, f"{name}_bias")[experts] if self.has_bias else y
+        return y + getattr(self, f"{name}_bias")[experts + min(own.start, self.num_experts - 1)] if self.has_bias else y
 
     if self.has_gate:
         y = self._apply_gate(project("gate_up_proj", x))
@@ -107,8 +120,19 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
         weights = weights.masked_fill(elsewhere, 0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
     # gathered and summed, not added by index: that has no fixed order on GPUs
-    summed: Tensor = (y * weights)[back].view(tokens, k, -1).sum(1)
-    return summed.to(hidden_states.dtype)
+    total: Tensor = (y * weights)[back].view(tokens, k, -1).sum(1)
+    total = total.to(hidden_states.dtype)
+    return total if split is None else summed(total, split)
+
+
+def _divided(module: Any) -> tuple[Any, range]:
+    """How its experts are divided over processes, or None, and which of them are here."""
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        weights = getattr(module, name)
+        weights = weights.weights if isinstance(weights, AdaptedExperts) else weights
+        if isinstance(weights, ExpertWeights4bit) and weights.split is not None:
+            return weights.split, weights.own_experts
+    return None, range(module.num_experts)
 
 
 def implementation(module: nn.Module) -> str | None:

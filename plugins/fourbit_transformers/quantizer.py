@@ -29,6 +29,7 @@ from fourbit_transformers.config import METHOD, FourbitConfig
 from fourbit_transformers.experts import use_fourbit_experts
 from fourbit_transformers.reading import Quantize, converter, converters
 from fourbit_transformers.rows import Packed
+from fourbit_transformers.tensor_parallel import Plan
 
 K_BIT = "hqq_quantized"
 """What peft's `prepare_model_for_kbit_training` knows a model by that is to be trained with gradient checkpointing.
@@ -59,11 +60,19 @@ class FourbitQuantizer(HfQuantizer):
         self._conversions: list[Any] | None = None
         self._originals: dict[int, Any] = {}
         self._returned: list[Any] = []
+        self._parallel = Plan()
 
     # ---- what transformers asks before it loads ---------------------------------------------------------
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
-        """Nothing: fourbit runs wherever torch does."""
+        """fourbit runs wherever torch does. Raises NotImplementedError under DeepSpeed's ZeRO-3."""
+        from transformers.integrations import deepspeed
+
+        if deepspeed.is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
+            raise NotImplementedError(
+                "DeepSpeed's ZeRO-3 is not supported with 4-bit weights, which it would partition as numbers: shard the"
+                " model with FSDP2 (fsdp=True and fsdp_config={'version': 2} in TrainingArguments), or use ZeRO-2"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """The current accelerator where none is named, as with bitsandbytes."""
@@ -96,6 +105,7 @@ class FourbitQuantizer(HfQuantizer):
         # the device, and with it the default blocksize, is that of the weight when it arrives
         self._planned = {t.name: self.quantization_config.quant for t in planned.quantized}
         self._places = module_places(model)
+        self._parallel.take(model, [t.name for t in planned.quantized])
 
     def get_quantize_ops(self) -> Quantize:
         """What quantizes a planned weight on its arrival."""
@@ -118,6 +128,7 @@ class FourbitQuantizer(HfQuantizer):
 
     def quantized(self, model: nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Put a 4-bit module in the place of the parameter `name`; returns its storage's parameters by full name."""
+        self._parallel.require_whole(model, name)
         config = self._planned[name]
         config = replace(config, blocksize=config.blocksize or default_blocksize(weight.device))
         new = self._put(model, name, config, weight.dtype)
@@ -128,6 +139,7 @@ class FourbitQuantizer(HfQuantizer):
 
         Other tools pack routers, too, which transformers holds in modules of their own.
         """
+        self._parallel.require_whole(model, name)
         quant, state = self.quantization_config.quant, weight.state
         owner_name, _, leaf = name.rpartition(".")
         if replacement(model.get_submodule(owner_name), leaf) is None:
@@ -211,6 +223,7 @@ class FourbitQuantizer(HfQuantizer):
         )
         self._places, self._originals, self._returned = {}, {}, []
         finish(model, self.quantization_config)
+        self._parallel.carry_out(model)
         return model
 
     def _keep_conversions(self, model: Any, conversions: list[Any] | None) -> None:

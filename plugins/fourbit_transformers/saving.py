@@ -92,6 +92,8 @@ def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name not in storage:
+            if hasattr(tensor, "full_tensor"):  # a DTensor, which all processes gather
+                tensor = tensor.full_tensor()
             found[name] = tensor if tensor.device.type != "meta" else _offloaded(model, name)
     return found
 

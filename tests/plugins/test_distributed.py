@@ -1,16 +1,13 @@
 """FSDP2, DDP and distributed checkpoints over two gloo processes on this machine."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 import fourbit
-from tests.support import skip_or_fail
+from tests.processes import spawn
 
 pytestmark = pytest.mark.long
 ROWS = 96, 129  # the second does not divide by the number of processes
@@ -97,31 +94,6 @@ def run_ddp(rank, rows, double_quant, folder):
     torch.testing.assert_close(train(nn.parallel.DistributedDataParallel(model)), want, rtol=1e-4, atol=1e-4)
 
 
-def worker(rank, function, port, *args):
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    function(rank, *args)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # gloo's threads may outlive the group, and abort a process that ends in the ordinary way, about once in 50 runs
-    os._exit(0)
-
-
-def spawn(function, *args):
-    if not torch.distributed.is_available():
-        skip_or_fail("this torch is built without torch.distributed")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (function, port, *args), nprocs=2)
-
-
-# torch 2.11 wraps every shard in a Parameter that requires a gradient, which integers cannot
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="FSDP2 takes integer parameters with torch 2.13 or newer")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_fsdp2(rows, double_quant, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from fourbit.config import QuantConfig
 from fourbit.direct import plain, undisturbed
 from fourbit.nn.packed import PackedModule, options
 from fourbit.nn.prepared import prepared
+from fourbit.nn.storage import parallel
 from fourbit.nn.view import Holder, WeightView
 
 if TYPE_CHECKING:
@@ -77,25 +79,41 @@ class ExpertWeights4bit(PackedModule):
 
         The weight is [experts, out, in], or with `transposed` [experts, in, out]; `offsets` (int32 or int64
         [experts]) are the ends of the experts' rows. Differentiable in x; see `fourbit.grouped_linear_4bit`.
+        Where the experts are divided over processes, x and `offsets` are of this one's alone, see `own_experts`.
         """
-        count, outer, inner = self.weight_shape
-        if transposed:
-            outer, inner = inner, outer
+        _, *matrix = self.weight_shape
+        count = len(self.own_experts)
+        outer, inner = matrix if not transposed else reversed(matrix)
         if x.shape[-1:] != (inner,) or offsets.shape != (count,):
+            sizes = [count, inner, outer] if transposed else [count, outer, inner]
             raise ValueError(
                 f"ExpertWeights4bit: x {list(x.shape)} and offsets {list(offsets.shape)} do not fit the weight"
-                f" [experts, {'in, out' if transposed else 'out, in'}] = {list(self.weight_shape)}"
+                f" [experts, {'in, out' if transposed else 'out, in'}] = {sizes}"
             )
+        if not count:
+            return x @ x.new_zeros(inner, outer)
         if transposed and torch.is_autocast_enabled(x.device.type):
             # which knows the other orientation's op, as one of a product
             x = x.to(torch.get_autocast_dtype(x.device.type))
         op = "grouped_linear_4bit_grad" if transposed else "grouped_linear_4bit"
-        if not _compiling() and undisturbed(x) and plain(offsets):
+        if self.split is None and not _compiling() and undisturbed(x) and plain(offsets):
             weight = prepared(self)
             if weight is not None:
                 return autograd.grouped(op, x, offsets, weight, outer)
-        first, nested = self.packed_weight().flat()
+        held = self.packed_weight() if self.split is None else parallel().part(self)
+        first, nested = held.flat()
         return _calls[op](x, offsets, *first, outer, *nested)
+
+    def parallel_shape(self) -> tuple[int, int]:
+        """Experts, and the elements of each."""
+        count, *matrix = self.weight_shape
+        return count, prod(matrix)
+
+    @property
+    def own_experts(self) -> range:
+        """Which experts this process has: all, where they are not divided."""
+        cut = None if self.split is None else self.split.cut
+        return range(self.weight_shape[0]) if cut is None else range(cut.start, cut.stop)
 
     def __len__(self) -> int:
         return self.weight_shape[0]

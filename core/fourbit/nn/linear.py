@@ -12,6 +12,7 @@ from fourbit.config import QuantConfig, as_compute_dtype
 from fourbit.direct import plain, undisturbed
 from fourbit.nn.packed import PackedModule, fitting, options
 from fourbit.nn.prepared import prepared
+from fourbit.nn.storage import parallel
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,6 +91,9 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
         if x.shape[-1] != self.in_features:
             raise ValueError(f"Linear4bit: x has shape {list(x.shape)}, want [..., {self.in_features}]")
         y: Tensor | None = None
+        if self.split is not None:
+            y = parallel().linear(self, x, bias)
+            return y if y.dtype is dtype else y.to(dtype)
         if not _compiling() and undisturbed(x) and (bias is None or plain(bias)):
             weight = prepared(self)
             if weight is not None:
@@ -100,6 +104,10 @@ class Linear4bit(PackedModule, nn.Linear):  # type: ignore[misc]  # weight is a 
         if compute is not None and y.dtype is not dtype:
             y = y.to(dtype)
         return y
+
+    def parallel_shape(self) -> tuple[int, int]:
+        """All of the weight's: ColwiseParallel divides the rows, RowwiseParallel the columns."""
+        return self.out_features, self.in_features
 
     def reset_parameters(self) -> None:
         """Nothing: the weight is frozen, and random bits are no initialization."""

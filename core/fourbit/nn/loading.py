@@ -46,6 +46,8 @@ def entry_errors(
         where = " and ".join(f"{prefix}{name} on {device}" for device, name in devices.items())
         return [f"{where}: a weight that is assigned must have its parts on one device"]
     code = found.get("codebook")
+    if isinstance(code, Tensor) and hasattr(code, "full_tensor"):  # a DTensor
+        code = code.full_tensor()
     if code is not None and not code.is_meta and not torch.equal(code.cpu(), table):
         return [f"{prefix}codebook: the values are not those of {quant_type!r}, which this module holds"]
     return []

@@ -157,12 +157,13 @@ class PackedModule(PackedStorage):
 
     def query(self) -> OpQuery:
         """What its forward asks of the backends, for an input of its own dtype."""
+        cut = None if self.split is None else self.split.cut
         return OpQuery(
             op=self.op,
             device=self.qweight.device,
             dtype=self.compute_dtype or self.dtype,
-            blocksize=self.blocksize,
-            nested=self.double_quant,
+            blocksize=self.blocksize if cut is None else cut.blocksize,
+            nested=self.double_quant if cut is None else cut.nested,
         )
 
     def sample(self, rows: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:

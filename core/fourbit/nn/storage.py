@@ -11,19 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fourbit import checks, codebooks, dispatch
 from fourbit.functional import dequantize_4bit, quantize_4bit, require_finite
+from fourbit.nn import integer_shards
 from fourbit.nn.frozen import FrozenCodes, FrozenScales, FrozenTensor, frozen, plain
 from fourbit.nn.loading import entry_errors
 from fourbit.nn.view import WeightView
 from fourbit.scales import NESTED_BLOCKSIZE
 from fourbit.state import QuantState
 from fourbit.weight import Weight
+
+if TYPE_CHECKING:
+    from fourbit.nn.parallel import Split
 
 _float32 = torch.float32
 _new = tuple.__new__
@@ -49,6 +53,7 @@ class PackedStorage(nn.Module):
         quant_type, blocksize, double_quant: as in QuantConfig.
         dtype: logical dtype of `weight`; follows `.half()` and the like, which leave the bits alone.
         weight_shape: torch.Size of `weight`.
+        split: how `parallelize_module` has distributed the storage, see `fourbit.nn.parallel`; None: not at all.
         rewrites: how often `weight` was written to since the weight was stored or loaded, each time rounded anew.
 
     Until a weight is stored or loaded the scales are NaN: what was never set computes NaN, not garbage.
@@ -64,6 +69,7 @@ class PackedStorage(nn.Module):
     scales: Tensor
     codebook: Tensor
     rewrites: int = 0
+    split: Split | None = None
 
     def setup(
         self,
@@ -129,7 +135,10 @@ class PackedStorage(nn.Module):
     # ---- reading and writing the weight ------------------------------------------------------------
 
     def packed_weight(self) -> Weight:
-        """The weight as the ops take it, sharing the module's storage."""
+        """The weight as the ops take it, sharing the module's storage; gathered where that is distributed."""
+        if self.split is not None:
+            gathered: Weight = parallel().whole(self)
+            return gathered
         # straight from the dicts: nn.Module's attribute look-up costs as much as all the rest
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
@@ -182,7 +191,9 @@ class PackedStorage(nn.Module):
         Raises ValueError if its shape, type, blocksize or double quantization is not the module's.
         """
         for name, tensor in self.storage_of(packed, state).items():
-            getattr(self, name).copy_(tensor)
+            own = getattr(self, name)
+            own.copy_(tensor) if self.split is None else parallel().copy_into(own, tensor)
+        self._forget()
         self.rewrites = 0
 
     def storage_of(self, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
@@ -228,9 +239,35 @@ class PackedStorage(nn.Module):
             return
         if name in STORAGE and type(value) in (Tensor, nn.Parameter):  # also what load_state_dict(assign=True) assigns
             value = frozen(value, parameter=isinstance(value, nn.Parameter))
-        super().__setattr__(name, value)
+        if name in STORAGE and isinstance(value, nn.Parameter) and name in self._parameters:
+            self._parameters[name] = value  # not by register_parameter: FSDP2 sets its shards so
+        else:
+            super().__setattr__(name, value)
         if name in STORAGE:
             self._freeze()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's. A DTensor for `weight`, or in the place of the storage, distributes it: see `split`."""
+        if hasattr(param, "device_mesh") and (name == "weight" or name in STORAGE):
+            parallel().register(self, name, param)
+        else:
+            super().register_parameter(name, param)
+
+    if integer_shards.NEEDED:
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            """As nn.Module's: what FSDP2 and parallel styles ask for first."""
+            integer_shards.allow()
+            return super().named_parameters(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Have what is derived of a distributed weight made anew: writing through a DTensor leaves no trace on it."""
+        if self.split is not None:
+            self.split.weight = None
+
+    def parallel_shape(self) -> tuple[int, int]:
+        """The rows and columns by which tensor parallelism may divide the weight. NotImplementedError: it may not."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be divided over processes; leave it out of the plan")
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         if dtype in checks.COMPUTE_DTYPES:
@@ -290,6 +327,7 @@ class PackedStorage(nn.Module):
         )
         self._freeze()
         self.rewrites = 0
+        self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -300,6 +338,13 @@ class PackedStorage(nn.Module):
         shape = "×".join(map(str, self.weight_shape))
         nested = ", double_quant" if self.double_quant else ""
         return f"{shape}, {self.quant_type}, blocksize={self.blocksize}{nested}"
+
+
+def parallel() -> Any:
+    """`fourbit.nn.parallel`, imported with the first distributed layer: torch.distributed.tensor takes its time."""
+    from fourbit.nn import parallel
+
+    return parallel
 
 
 def _is_storage(tensor: Tensor | None) -> bool:
