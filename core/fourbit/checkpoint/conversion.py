@@ -14,6 +14,7 @@ from torch import Tensor
 from fourbit.checkpoint import layouts
 from fourbit.checkpoint.compound import Compound, Member
 from fourbit.checkpoint.file_layout import Item, Shard, arrange, index, parse_size
+from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.weight_files import CONFIG_FILE, index_file
 
 Progress = Callable[[str, int, int], None]
@@ -37,6 +38,7 @@ class Request:
             and compared.
         progress: called after each tensor, in this thread.
         max_shard_size: of weight files; see `file_layout.parse_size`.
+        processes: which of several this one is; each must ask for the same.
 
     Raises ValueError for both `overwrite` and `resume`, and for a size that is none.
     """
@@ -49,12 +51,14 @@ class Request:
         resume: bool,
         progress: Progress | None,
         max_shard_size: int | str | None,
+        processes: Processes | None = None,
     ) -> None:
         self.begun = time.perf_counter()
         if overwrite and resume:
             raise ValueError(f"{caller}: overwrite begins afresh and resume does not: want one of them")
         self.target = Path(dst).expanduser().resolve()
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
+        self.processes = processes if processes is not None and processes.count > 1 else None
         self.max_shard_bytes = parse_size(max_shard_size)
 
 

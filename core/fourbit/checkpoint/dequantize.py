@@ -16,6 +16,7 @@ from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import Item, Part, plain_item
 from fourbit.checkpoint.plan import transposed
+from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.source import resolved
 from fourbit.checkpoint.tensors import Tensors
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
@@ -49,6 +50,7 @@ def dequantize_checkpoint(
     resume: bool = False,
     progress: Progress | None = None,
     max_shard_size: int | str | None = None,
+    processes: Processes | None = None,
 ) -> DequantizeReport:
     """Write a copy of the 4-bit model folder `src` to `dst` whose weights are plain 16- or 32-bit tensors.
 
@@ -62,7 +64,7 @@ def dequantize_checkpoint(
         dtype: float32, bfloat16 or float16 for the 4-bit weights; None: for each the one that was quantized.
             Other tensors keep theirs.
         device: where to dequantize.
-        overwrite, resume, progress, max_shard_size: as in `quantize_checkpoint`.
+        overwrite, resume, progress, max_shard_size, processes: as in `quantize_checkpoint`.
 
     Raises:
         CheckpointError: the source is malformed or has no 4-bit weight, the destination exists or cannot
@@ -70,7 +72,7 @@ def dequantize_checkpoint(
         NonFiniteError: a weight dequantizes to NaN or Inf, or overflows `dtype`; nothing is left behind.
         ValueError: both `overwrite` and `resume`, or a `max_shard_size` that is none.
     """
-    request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size)
+    request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
     with Compound(resolved(src)) as source:
         require_quantized(source)
         where = torch.device(device)

@@ -47,6 +47,8 @@ def dequantize(
     src = options.source(src, revision)
     convert = partial(dequantize_checkpoint, src, dtype=kind, device=where, max_shard_size=size)
     report = conversion.run("dequantizing", convert, dst, resume)
+    if not conversion.reports():
+        return
     if as_json:
         console.print_json(report.to_dict())
         return

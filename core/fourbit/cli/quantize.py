@@ -77,10 +77,13 @@ def quantize(
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
     size = conversion.check_size(max_shard_size)
+    reports = conversion.reports()
     chosen = None if components is None else [name.strip() for name in components.split(",") if name.strip()]
     src = options.source(src, revision)
     if dry_run:
         plans, plan, nbytes = check_and_plan(src, dst, config, where, resume is not None, chosen)
+        if not reports:
+            return
         if as_json:
             value = {"dry_run": True, "bytes_written": nbytes, "models": models(plans)}
             console.print_json({**value, **plan.to_dict()})
@@ -93,6 +96,8 @@ def quantize(
         convert = partial(quantize_checkpoint, src, config=config, device=where, components=chosen, max_shard_size=size)
         report = conversion.run("quantizing", convert, dst, resume)
         plan = report.plan
+        if not reports:
+            return
         if as_json:
             console.print_json({"dry_run": False, **report.to_dict()})
         else:
