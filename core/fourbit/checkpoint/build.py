@@ -101,8 +101,8 @@ def _follow(job: Job[R], processes: Processes) -> Report:
     begun = journal.read_own(left) if request.resume else None
     if request.resume and (begun is None or begun.replaces is None) and _is_of(target, fingerprint):
         return _report(job, beside, job.source.nbytes, None)  # the leader looks whether it is whole
-    if not (request.overwrite or request.resume):  # or it would wait for a leader that has ended with this error
-        destination.check(job.source.path, others.every_file(job.source, beside), target, False)
+    if not request.resume:  # or it would wait for a leader that has ended with this error
+        destination.check(job.source.path, others.every_file(job.source, beside), target, request.overwrite)
     with Team(left, processes) as members, _told(target, left):
         together.follow(job, left, fingerprint, members)
         if not _is_of(target, fingerprint):

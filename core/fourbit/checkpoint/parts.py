@@ -194,11 +194,12 @@ def join(unfinished: Path, shard: Shard, chain: Sequence[Part], run: str, check:
     folder = unfinished / PARTS_FOLDER
     whole = planned(Span(chain[0].span.shard, 0, len(shard.items)), run)
     first, *rest = chain
-    if first.name == whole.name and not rest:
+    if first.name == whole.name:
         return
-    if first.sealed and first.name != whole.name:
+    if first.sealed:
         os.replace(folder / first.name, folder / whole.name)
-    elif first.name != whole.name:
+        os.truncate(folder / whole.name, nbytes(shard, first.span))  # a crash may have left more
+    else:
         rest = list(chain)
         (folder / whole.name).unlink(missing_ok=True)
     with open(folder / whole.name, "ab") as target:
