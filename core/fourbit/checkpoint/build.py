@@ -53,7 +53,7 @@ def build(job: Job[R]) -> Report:
     request, target = job.request, job.request.target
     if request.processes is not None and not request.processes.leads:
         return _follow(job, request.processes)
-    beside = others.find(job.source)
+    beside = _beside(job)
     others.require_free_names(job.source, beside)
     fingerprint = fingerprints.of(job.source, beside, job.settings, job.shards)
     left = destination.unfinished_folder(target)
@@ -95,7 +95,7 @@ def build(job: Job[R]) -> Report:
 def _follow(job: Job[R], processes: Processes) -> Report:
     """What a process does that does not lead: until it belongs to a run it writes nothing but who it is."""
     request, target = job.request, job.request.target
-    beside = others.find(job.source)
+    beside = _beside(job)
     fingerprint = fingerprints.of(job.source, beside, job.settings, job.shards)
     left = destination.unfinished_folder(target)
     begun = journal.read_own(left) if request.resume else None
@@ -122,9 +122,17 @@ def _told(target: Path, folder: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {target}: {reason} ({error.filename or folder}){advice}") from error
 
 
+def _beside(job: Job[R]) -> others.Others:
+    """The other files of the source, on this machine."""
+    found = others.find(job.source)
+    if job.source.remote is not None:
+        job.source.remote.fetch_whole(Path(name).as_posix() for name in found.carried)
+    return found
+
+
 def _report(job: Job[R], beside: others.Others, resumed: int, kept: Path | None) -> Report:
     return Report(
-        source=job.source.path,
+        source=job.source.named,
         destination=job.request.target,
         files=tuple(shard.file for shard in job.shards),
         bytes_before=job.source.nbytes,
@@ -158,6 +166,8 @@ def _fill(
     else:
         resumed, hashes = _alone(job, stage, begun, fresh, beside.nbytes)
     written = others.write(job.source, beside, stage.data, job.written)
+    if job.source.remote is not None:
+        job.source.remote.look_again()
     now = fingerprints.of_source(job.source, others.find(job.source))
     if changes := fingerprints.differences(fingerprint, {**fingerprint, "source": now}):
         what = "; ".join(changes)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.checkpoint import remote
 from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
@@ -59,7 +60,7 @@ def dequantize_checkpoint(
     writing overlap; in memory are a few weights at a time.
 
     Args:
-        src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file.
+        src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file, or the URL of a folder.
         dst: the new folder. It is there only once it is complete.
         dtype: float32, bfloat16 or float16 for the 4-bit weights; None: for each the one that was quantized.
             Other tensors keep theirs.
@@ -73,7 +74,7 @@ def dequantize_checkpoint(
         ValueError: both `overwrite` and `resume`, or a `max_shard_size` that is none.
     """
     request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
-    with Compound(resolved(src)) as source:
+    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         require_quantized(source)
         where = torch.device(device)
         turned = transposed(source) & source.quantized().keys()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fourbit import codebooks
+from fourbit.checkpoint import remote
 from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
@@ -82,7 +83,8 @@ def quantize_checkpoint(
     Args:
         src: a folder of safetensors, or one .safetensors file; 16- or 32-bit. Also a repository in the Hub's cache,
             or the Hub's name of a model that is in it; nothing is fetched. Also a pipeline of diffusers, or a model of
-            sentence-transformers: the copy has all of their models then.
+            sentence-transformers: the copy has all of their models then. Also the URL of any such folder that fsspec
+            reads, such as "s3://bucket/model": each tensor is fetched when it is its turn.
         dst: the new folder. It is there only once it is complete.
         config: how to quantize; default QuantConfig().
         device: where to quantize.
@@ -98,7 +100,7 @@ def quantize_checkpoint(
         processes: where several processes do it together, which one this is; all are called with the same arguments
             otherwise, and see `src` and `dst` under the same names. Each writes a part of the weights, by bytes; the
             result is that of one process. If one fails or is killed the others stop, with an error that says why,
-            within a minute or two; any number of processes, also one, can resume.
+            within a few minutes; any number of processes, also one, can resume.
 
     Raises:
         CheckpointError: the source is malformed, an adapter, quantized already, or has nothing to quantize, or it
@@ -109,7 +111,7 @@ def quantize_checkpoint(
     """
     request = Request("quantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
     config = config or QuantConfig()
-    with Compound(resolved(src)) as source:
+    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         plans = checked_plans(source, config, device, components)
         planned = combined(source, plans)
         require_work(planned)

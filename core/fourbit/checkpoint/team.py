@@ -27,8 +27,8 @@ from fourbit.functional import NonFiniteError
 BEAT_SECONDS = 1.0
 """How often a process says that it is there."""
 POLL_SECONDS = 0.1
-SILENT_SECONDS = 60.0
-"""A process that has said nothing for so long is taken for dead."""
+SILENT_SECONDS = 120.0
+"""A process that has said nothing for so long is taken for dead: a busy disk, or server, can stop one for a minute."""
 JOIN_SECONDS = 300.0
 """So long the processes wait for each other at the beginning: machines and torch take their time to start."""
 QUIET_BEATS = 5

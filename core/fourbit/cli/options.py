@@ -71,10 +71,18 @@ def device(name: str) -> torch.device:
     return torch.device(found.type, processes.local_rank % count) if count > 1 else found
 
 
-def source(path: Path, revision: str | None = None) -> Path:
-    """The folder or file that is meant; where it is another than what was named, in the Hub's cache, that is said."""
-    from fourbit.checkpoint.source import located
+def source(path: Path, revision: str | None = None, urls: bool = False) -> Path:
+    """The folder or file that is meant; where it is another than what was named, in the Hub's cache, that is said.
 
+    With `urls`, one of a folder may be named, too.
+    """
+    from fourbit.checkpoint.source import located
+    from fourbit.checkpoint.urls import as_url
+
+    if urls and as_url(path) is not None:
+        if revision is not None:
+            raise typer.BadParameter("a URL has no --revision; name it in the URL, as in hf://org/name@revision")
+        return path
     found = located(path, revision)
     if found != path.expanduser():
         console.note(f"{path}: from the local Hub cache, revision {found.name} ({found})")
