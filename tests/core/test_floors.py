@@ -44,7 +44,7 @@ FLOORS = (
     "checkpoint",
     "__init__",
     "cli",
-    "testing",
+    "__main__ testing",
 )
 """Files and folders of core/fourbit, lower floors first. A folder's word covers the files in it without their own."""
 

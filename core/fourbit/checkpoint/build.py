@@ -9,25 +9,37 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
-
-from fourbit.checkpoint import destination, disk, journal, manifest, others, output, staging, verify
+from fourbit.checkpoint import (
+    destination,
+    disk,
+    journal,
+    manifest,
+    others,
+    output,
+    parts,
+    staging,
+    streaming,
+    team,
+    together,
+    verify,
+)
 from fourbit.checkpoint import fingerprint as fingerprints
 from fourbit.checkpoint.conversion import Job, Report
 from fourbit.checkpoint.errors import CheckpointError, LayoutError, SourceChangedError
-from fourbit.checkpoint.file_layout import Item, Shard
-from fourbit.checkpoint.pipeline import Pipeline
+from fourbit.checkpoint.file_layout import Item
+from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.snapshot import Snapshot
+from fourbit.checkpoint.team import Team
 from fourbit.checkpoint.weight_files import MANIFEST_FILE
 from fourbit.functional import NonFiniteError
 
 R = TypeVar("R")
-Entry = tuple[Shard, Item]
 
 
 def build(job: Job[R]) -> Report:
@@ -39,11 +51,14 @@ def build(job: Job[R]) -> Report:
         NonFiniteError: from `convert`. What is unfinished is removed then, since no later run would do better.
     """
     request, target = job.request, job.request.target
-    beside = others.find(job.source)
+    if request.processes is not None and not request.processes.leads:
+        return _follow(job, request.processes)
+    beside = _beside(job)
     others.require_free_names(job.source, beside)
     fingerprint = fingerprints.of(job.source, beside, job.settings, job.shards)
-    kept = staging.tidy(target)
     left = destination.unfinished_folder(target)
+    team.require_quiet(left)
+    kept = staging.tidy(target)
     begun = journal.read(left) if request.resume else None
     replaces = begun.replaces if begun is not None else None
     if request.resume and replaces is None and _is_finished(job, fingerprint):
@@ -60,26 +75,64 @@ def build(job: Job[R]) -> Report:
     stage = staging.Stage(target)
     discard = False
     try:
-        resumed = _fill(job, stage, beside, fingerprint, replaces)
-        kept = stage.publish(replaces) or kept
-        discard = True
+        members = Team(stage.folder, request.processes) if request.processes is not None else None
+        with members or nullcontext(), _told(target, stage.folder):
+            if members is not None:
+                members.gather()
+            resumed = _fill(job, stage, beside, fingerprint, replaces, members)
+            kept = stage.publish(replaces) or kept
+            discard = True
+            if members is not None:
+                members.part()
     except (NonFiniteError, LayoutError, SourceChangedError):
         discard = True
         raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "; --resume continues once there is room" if full else ""
-        where = error.filename or stage.folder
-        raise CheckpointError(f"cannot write {target}: {reason} ({where}){advice}") from error
     finally:
         stage.release(discard or not _has_tensors(stage.folder))
     return _report(job, beside, resumed, kept)
 
 
+def _follow(job: Job[R], processes: Processes) -> Report:
+    """What a process does that does not lead: until it belongs to a run it writes nothing but who it is."""
+    request, target = job.request, job.request.target
+    beside = _beside(job)
+    fingerprint = fingerprints.of(job.source, beside, job.settings, job.shards)
+    left = destination.unfinished_folder(target)
+    begun = journal.read_own(left) if request.resume else None
+    if request.resume and (begun is None or begun.replaces is None) and _is_of(target, fingerprint):
+        return _report(job, beside, job.source.nbytes, None)  # the leader looks whether it is whole
+    if not request.resume:  # or it would wait for a leader that has ended with this error
+        destination.check(job.source.path, others.every_file(job.source, beside), target, request.overwrite)
+    with Team(left, processes) as members, _told(target, left):
+        together.follow(job, left, fingerprint, members)
+        if not _is_of(target, fingerprint):
+            raise CheckpointError(f"process 0 has not put the finished folder in its place, {target}")
+    return _report(job, beside, 0, None)
+
+
+@contextmanager
+def _told(target: Path, folder: Path) -> Iterator[None]:
+    """What the system says, as an error of the destination."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; --resume continues once there is room" if full else ""
+        raise CheckpointError(f"cannot write {target}: {reason} ({error.filename or folder}){advice}") from error
+
+
+def _beside(job: Job[R]) -> others.Others:
+    """The other files of the source, on this machine."""
+    found = others.find(job.source)
+    if job.source.remote is not None:
+        job.source.remote.fetch_whole(Path(name).as_posix() for name in found.carried)
+    return found
+
+
 def _report(job: Job[R], beside: others.Others, resumed: int, kept: Path | None) -> Report:
     return Report(
-        source=job.source.path,
+        source=job.source.named,
         destination=job.request.target,
         files=tuple(shard.file for shard in job.shards),
         bytes_before=job.source.nbytes,
@@ -99,49 +152,61 @@ def _fill(
     beside: others.Others,
     fingerprint: dict[str, Any],
     replaces: Snapshot | None,
+    members: Team | None,
 ) -> int:
     """Write all of `data/`. Returns the source bytes resumed."""
     begun = journal.read(stage.folder) if job.request.resume else None  # again, now that nobody else writes it
-    done: dict[str, int] = {}
-    hashes: dict[str, dict[str, str]] = {}
     if begun is None or fingerprints.differences(begun.fingerprint, fingerprint) or not stage.data.is_dir():
+        begun = None
         stage.clear()
+    fresh = journal.Records(fingerprint, replaces, {})
+    shared = members is not None or parts.is_begun(stage.folder)
+    if shared:
+        resumed, hashes = together.lead(job, stage, begun, fresh, members, beside.nbytes)
     else:
-        done = output.recover(stage.data, job.shards, begun.hashes)
-        kept = [item.source for shard in job.shards for item in shard.items[: done.get(shard.file, 0)]]
-        hashes = {name: begun.hashes[name] for name in kept}
-        if begun.fingerprint != fingerprint:
-            try:
-                _compare(job, hashes)
-            except SourceChangedError as error:
-                raise CheckpointError(
-                    f"the unfinished run of {stage.dst} cannot be resumed: {error}. --overwrite starts afresh"
-                ) from None
-    todo = [(shard, item) for shard in job.shards for item in shard.items[done.get(shard.file, 0) :]]
-    headers = sum(len(shard.header) for shard in job.shards)
-    staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo) + beside.nbytes)
-    book = journal.Journal(stage.folder, journal.Records(fingerprint, replaces, hashes))
-    try:
-        resumed = _write_weights(job, stage, book, done, todo)
-    finally:
-        book.close()
+        resumed, hashes = _alone(job, stage, begun, fresh, beside.nbytes)
     written = others.write(job.source, beside, stage.data, job.written)
+    if job.source.remote is not None:
+        job.source.remote.look_again()
     now = fingerprints.of_source(job.source, others.find(job.source))
     if changes := fingerprints.differences(fingerprint, {**fingerprint, "source": now}):
         what = "; ".join(changes)
         raise SourceChangedError(f"{what} while it was read; what was written is removed, please start again")
     if now != fingerprint["source"]:
         try:
-            _compare(job, book.hashes)
+            streaming.compare(job, hashes)
         except SourceChangedError as error:
             raise SourceChangedError(f"{error}; what was written is removed, please start again") from None
     fingerprint = {**fingerprint, "source": now}
-    listing = manifest.build(stage.data, job.shards, book.hashes, sorted(written), fingerprint)
+    listing = manifest.build(stage.data, job.shards, hashes, sorted(written), fingerprint)
     disk.write_json(stage.data / MANIFEST_FILE, listing)
-    fault = next(iter(verify.against_manifest(stage.data, listing)), None)
+    # where several have written, each has read its part back
+    fault = next(iter(verify.against_manifest(stage.data, listing, None, not shared)), None)
     if fault is not None:
         raise CheckpointError(f"reading back what was written failed: {fault}")
     return resumed
+
+
+def _alone(
+    job: Job[R], stage: staging.Stage, begun: journal.Records | None, fresh: journal.Records, room: int
+) -> tuple[int, dict[str, dict[str, str]]]:
+    """Write the weight files, one after the other. As `together.lead`."""
+    done: dict[str, int] = {}
+    hashes: dict[str, dict[str, str]] = {}
+    if begun is not None:
+        done = output.recover(stage.data, job.shards, begun.hashes)
+        kept = [item.source for shard in job.shards for item in shard.items[: done.get(shard.file, 0)]]
+        hashes = {name: begun.hashes[name] for name in kept}
+        if begun.fingerprint != fresh.fingerprint:
+            streaming.require_same(job, hashes)
+    todo = [(shard, item) for shard in job.shards for item in shard.items[done.get(shard.file, 0) :]]
+    headers = sum(len(shard.header) for shard in job.shards)
+    staging.check_space(stage.folder, headers + sum(item.nbytes for _, item in todo) + room)
+    book = journal.Journal(stage.folder, replace(fresh, hashes=hashes))
+    try:
+        return _write_weights(job, stage, book, done, todo), book.hashes
+    finally:
+        book.close()
 
 
 def _write_weights(
@@ -149,62 +214,24 @@ def _write_weights(
     stage: staging.Stage,
     book: journal.Journal,
     done: Mapping[str, int],
-    todo: Sequence[Entry],
+    todo: Sequence[streaming.Entry],
 ) -> int:
     """Do the items that are not done. Returns the source bytes that were."""
     progress = job.request.progress
     total = sum(map(job.source_bytes, job.items))
     resumed = count = total - sum(job.source_bytes(item) for _, item in todo)
-    target = output.Output(stage.data, book, done)
 
-    def written(entry: Entry) -> None:
+    def written(item: Item) -> None:
         nonlocal count
-        count += job.source_bytes(entry[1])
+        count += job.source_bytes(item)
         if progress is not None:
-            progress(entry[1].source, count, total)
+            progress(item.source, count, total)
 
     if progress is not None and resumed and todo:
         progress(todo[0][1].source, resumed, total)
-    try:
-        _pipeline(job, lambda entry, tensors: target.write(*entry, tensors), written).run(todo)
-        for shard in job.shards:
-            if not shard.items:
-                target.write_empty(shard)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to tell
-            target.close()
-        raise
-    target.close()
+    empty = [shard for shard in job.shards if not shard.items]
+    streaming.write(job, output.Output(stage.data, book, done), todo, empty, written)
     return resumed
-
-
-def _compare(job: Job[R], hashes: Mapping[str, Mapping[str, str]]) -> None:
-    """Convert again what is in `hashes`. Raises SourceChangedError if it comes out otherwise.
-
-    Args:
-        hashes: for tensors of the source, the SHA-256 of each tensor that it became.
-    """
-
-    def compare(entry: Entry, tensors: Mapping[str, Tensor]) -> None:
-        name = entry[1].source
-        if output.hashes_of(entry[1], tensors) != hashes.get(name):
-            raise SourceChangedError(f"the source's {job.source.info(name).file} has changed: {name!r} is another")
-
-    entries = [(shard, item) for shard in job.shards for item in shard.items if item.source in hashes]
-    _pipeline(job, compare, lambda entry: None).run(entries)
-
-
-def _pipeline(
-    job: Job[R], write: Callable[[Entry, Mapping[str, Tensor]], None], done: Callable[[Entry], None]
-) -> Pipeline[Entry, R, Mapping[str, Tensor]]:
-    return Pipeline(
-        read=lambda entry: job.read(entry[1]),
-        convert=lambda entry, content: job.convert(entry[1], content),
-        write=write,
-        cost=lambda entry: job.source_bytes(entry[1]) + entry[1].nbytes,
-        budget=job.budget,
-        done=done,
-    )
 
 
 def _is_finished(job: Job[R], fingerprint: dict[str, Any]) -> bool:
@@ -222,10 +249,21 @@ def _is_finished(job: Job[R], fingerprint: dict[str, Any]) -> bool:
     if found["fingerprint"]["source"] != fingerprint["source"]:
         tensors = found["tensors"]
         try:
-            _compare(job, {item.source: {p.name: tensors[p.name]["sha256"] for p in item.parts} for item in job.items})
+            streaming.compare(
+                job, {item.source: {p.name: tensors[p.name]["sha256"] for p in item.parts} for item in job.items}
+            )
         except (SourceChangedError, KeyError) as error:
             raise CheckpointError(f"{target} was made of another source: {error}. --overwrite writes it anew") from None
     return True
+
+
+def _is_of(target: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether the manifest there is of this run, or of one like it; without a look at anything else."""
+    try:
+        found = manifest.read(target) if target.is_dir() else None
+    except CheckpointError:
+        return False
+    return found is not None and not fingerprints.differences(found["fingerprint"], fingerprint)
 
 
 def _leftovers(target: Path, kept: Path | None) -> tuple[Path, ...]:
@@ -238,4 +276,4 @@ def _leftovers(target: Path, kept: Path | None) -> tuple[Path, ...]:
 
 def _has_tensors(folder: Path) -> bool:
     begun = journal.read(folder)
-    return begun is not None and bool(begun.hashes)
+    return begun is not None and bool(parts.noted(folder, begun))

@@ -16,6 +16,7 @@ from fourbit.checkpoint import layouts, source, weight_files
 from fourbit.checkpoint.errors import CheckpointError, first_of
 from fourbit.checkpoint.layouts import Part
 from fourbit.checkpoint.reader import Checkpoint
+from fourbit.checkpoint.remote import Remote
 from fourbit.checkpoint.tensors import TensorInfo, Tensors
 
 
@@ -35,16 +36,21 @@ class Member:
 class Compound(Tensors):
     """A folder of safetensors, or of several models, or one .safetensors or index file, by its headers only.
 
+    Args:
+        path: of it.
+        remote: what reads its tensors, where `path` stands for a URL.
+
     Attributes:
         path, entries: as in `Tensors`.
+        remote: as given.
         layout: what it is made of.
         members: its models, by their folders; {"": …} of one model alone.
 
     Raises CheckpointError, as `Checkpoint` does; also for a pipeline without any model in safetensors.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        located = source.located(path)
+    def __init__(self, path: str | os.PathLike[str], remote: Remote | None = None) -> None:
+        located, self.remote = source.located(path), remote
         self.layout = layouts.find(located)
         self.members = {part.folder: Member(part, Checkpoint(located / part.folder)) for part in self.layout.parts}
         if not self.members:
@@ -60,6 +66,17 @@ class Compound(Tensors):
             for name, parts in checkpoint.quantized().items():
                 quantized[prefix + name] = tuple(prefix + part for part in parts)
         super().__init__(located, entries, quantized)
+
+    def _read_into(self, info: TensorInfo, target: memoryview) -> None:
+        if self.remote is None:
+            super()._read_into(info, target)
+        else:
+            self.remote.read_into(info, target)
+
+    @property
+    def named(self) -> Path | str:
+        """As its user knows it."""
+        return self.path if self.remote is None else self.remote.url
 
     @property
     def folder(self) -> Path:

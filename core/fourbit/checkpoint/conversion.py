@@ -14,6 +14,8 @@ from torch import Tensor
 from fourbit.checkpoint import layouts
 from fourbit.checkpoint.compound import Compound, Member
 from fourbit.checkpoint.file_layout import Item, Shard, arrange, index, parse_size
+from fourbit.checkpoint.processes import Processes
+from fourbit.checkpoint.urls import refuse_destination
 from fourbit.checkpoint.weight_files import CONFIG_FILE, index_file
 
 Progress = Callable[[str, int, int], None]
@@ -37,8 +39,10 @@ class Request:
             and compared.
         progress: called after each tensor, in this thread.
         max_shard_size: of weight files; see `file_layout.parse_size`.
+        processes: which of several this one is; each must ask for the same.
 
-    Raises ValueError for both `overwrite` and `resume`, and for a size that is none.
+    Raises CheckpointError for a destination that is a URL, ValueError for both `overwrite` and `resume`, and for a size
+    that is none.
     """
 
     def __init__(
@@ -49,12 +53,15 @@ class Request:
         resume: bool,
         progress: Progress | None,
         max_shard_size: int | str | None,
+        processes: Processes | None = None,
     ) -> None:
         self.begun = time.perf_counter()
         if overwrite and resume:
             raise ValueError(f"{caller}: overwrite begins afresh and resume does not: want one of them")
+        refuse_destination(dst)
         self.target = Path(dst).expanduser().resolve()
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
+        self.processes = processes if processes is not None and processes.count > 1 else None
         self.max_shard_bytes = parse_size(max_shard_size)
 
 
@@ -121,7 +128,7 @@ class Report:
     """What a conversion did.
 
     Attributes:
-        source, destination: the folders.
+        source, destination: the folders; the source may be a URL.
         files: names of the weight files written.
         bytes_before: of the source's tensors; bytes_after: of the tensors written. Code tables and metadata included.
         copied: other files carried over.
@@ -132,7 +139,7 @@ class Report:
         leftovers: folders beside the new one that runs left and that are not known to be of no use.
     """
 
-    source: Path
+    source: Path | str
     destination: Path
     files: tuple[str, ...]
     bytes_before: int

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.checkpoint import remote
 from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import Item, Part, plain_item
 from fourbit.checkpoint.plan import transposed
+from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.source import resolved
 from fourbit.checkpoint.tensors import Tensors
 from fourbit.functional import NonFiniteError, dequantize_4bit, require_finite
@@ -49,6 +51,7 @@ def dequantize_checkpoint(
     resume: bool = False,
     progress: Progress | None = None,
     max_shard_size: int | str | None = None,
+    processes: Processes | None = None,
 ) -> DequantizeReport:
     """Write a copy of the 4-bit model folder `src` to `dst` whose weights are plain 16- or 32-bit tensors.
 
@@ -57,12 +60,12 @@ def dequantize_checkpoint(
     writing overlap; in memory are a few weights at a time.
 
     Args:
-        src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file.
+        src: a folder that fourbit or bitsandbytes wrote, or one .safetensors file, or the URL of a folder.
         dst: the new folder. It is there only once it is complete.
         dtype: float32, bfloat16 or float16 for the 4-bit weights; None: for each the one that was quantized.
             Other tensors keep theirs.
         device: where to dequantize.
-        overwrite, resume, progress, max_shard_size: as in `quantize_checkpoint`.
+        overwrite, resume, progress, max_shard_size, processes: as in `quantize_checkpoint`.
 
     Raises:
         CheckpointError: the source is malformed or has no 4-bit weight, the destination exists or cannot
@@ -70,8 +73,8 @@ def dequantize_checkpoint(
         NonFiniteError: a weight dequantizes to NaN or Inf, or overflows `dtype`; nothing is left behind.
         ValueError: both `overwrite` and `resume`, or a `max_shard_size` that is none.
     """
-    request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size)
-    with Compound(resolved(src)) as source:
+    request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
+    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         require_quantized(source)
         where = torch.device(device)
         turned = transposed(source) & source.quantized().keys()

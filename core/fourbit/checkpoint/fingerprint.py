@@ -25,9 +25,17 @@ def of(source: Compound, beside: others.Others, settings: dict[str, Any], shards
 def of_source(source: Compound, beside: others.Others) -> dict[str, Any]:
     """What each file that is read is: of weights size, header, inode and times, of all others size and SHA-256.
 
+    At a URL: what is said of it there, instead of inode and times.
+
     Raises CheckpointError if a file cannot be read (any more).
     """
-    return {name: _of_file(file, name) for name, file in sorted(_files(source, beside).items())}
+    found = {name: _of_file(file, name) for name, file in sorted(_files(source, beside).items())}
+    if source.remote is not None:  # inode and times are those of what stands for it here
+        here = ("mtime_ns", *_IDENTITY)
+        for name, entry in found.items():
+            kept = {key: value for key, value in entry.items() if key not in here}
+            found[name] = {**kept, "there": source.remote.identity(name)}
+    return found
 
 
 def _files(source: Compound, beside: others.Others) -> dict[str, Path]:

@@ -40,9 +40,9 @@ class Records:
 class Journal:
     """An open journal, to append to."""
 
-    def __init__(self, folder: Path, records: Records) -> None:
+    def __init__(self, folder: Path, records: Records, name: str = JOURNAL_FILE) -> None:
         """Write the journal anew, as far as it is known to be right, and open it."""
-        path = folder / JOURNAL_FILE
+        path = folder / name
         with atomic_file(path) as stream:
             replaces = None if records.replaces is None else records.replaces.to_json()
             head = {"format": FORMAT, "fingerprint": records.fingerprint, "replaces": replaces}
@@ -64,17 +64,17 @@ class Journal:
         self._stream.close()
 
 
-def read(folder: Path) -> Records | None:
+def read(folder: Path, name: str = JOURNAL_FILE) -> Records | None:
     """The journal in `folder`; None if there is none, so that nothing in the folder counts.
 
     Raises CheckpointError if it is of another version of fourbit, or cannot be read.
     """
     try:
-        data = (folder / JOURNAL_FILE).read_bytes()
+        data = (folder / name).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"{folder / JOURNAL_FILE} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{folder / name} cannot be read: {error.strerror or error}") from error
     values = [_parsed(line) for line in data.split(b"\n")[:-1]]  # after the last newline is nothing, or a torn line
     head = values[0] if values else None
     if head is None or not isinstance(head.get("fingerprint"), dict):
@@ -89,10 +89,10 @@ def read(folder: Path) -> Records | None:
     return Records(head["fingerprint"], snapshot.from_json(head.get("replaces")), hashes)
 
 
-def read_own(folder: Path) -> Records | None:
+def read_own(folder: Path, name: str = JOURNAL_FILE) -> Records | None:
     """`read`; None also for a journal that this version of fourbit does not understand."""
     try:
-        return read(folder)
+        return read(folder, name)
     except CheckpointError:
         return None
 

@@ -17,17 +17,10 @@ from fourbit.checkpoint import untrusted, weight_files
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.disk import copy_files, write_json
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.weight_files import MAX_OTHER_BYTES, holds_weights
 
-MAX_OTHER_BYTES = 1 << 32
-"""A larger file that is no weight is not carried over: no tokenizer, template or licence has a tenth of it."""
 MAX_DEPTH = 16
 """Folders within folders that are carried over."""
-
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".keras", ".msgpack", ".npz", ".ot"),
-    *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".pdparams", ".nemo"),
-)
-"""Files that hold weights, and so are not carried over."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def find(source: Compound) -> Others:
         posix = Path(name).as_posix()
         if posix in ours:
             continue
-        if _holds_weights(name) and not (source.layout.needs(posix) and not _is_again(folder, posix)):
+        if holds_weights(name) and not (source.layout.needs(posix) and not _is_again(folder, posix)):
             left_out.append(name)
             continue
         size, fault = _examined(folder, entry)
@@ -137,11 +130,6 @@ def _walk(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Path]]:
                 yield str(path.relative_to(folder)), path
 
 
-def _holds_weights(name: str) -> bool:
-    is_index = name.endswith(".json") and ".index." in name
-    return name.endswith(_WEIGHT_SUFFIXES) or is_index or ".ckpt.data-" in name
-
-
 def _examined(folder: Path, path: Path) -> tuple[int, str]:
     """The bytes of a file, and why it is not to be copied, if it is not."""
     if not untrusted.stays_inside(path, folder):
@@ -152,7 +140,7 @@ def _examined(folder: Path, path: Path) -> tuple[int, str]:
         return 0, "a link that leads nowhere" if path.is_symlink() else f"cannot be read: {error.strerror or error}"
     if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device would never end
         return 0, "no file, but a pipe, socket or device"
-    if found.st_size > MAX_OTHER_BYTES and not _holds_weights(path.name):
+    if found.st_size > MAX_OTHER_BYTES and not holds_weights(path.name):
         return 0, f"{found.st_size:,} bytes, too large for anything but weights"
     return found.st_size, ""
 

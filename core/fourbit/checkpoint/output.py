@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -32,10 +32,17 @@ class Output:
         folder: to write to.
         journal: of it.
         done: for each shard that is begun, how many of its items are there; see `recover`.
+        unfinished: the path of a file until it is complete, from the one that it has then.
     """
 
-    def __init__(self, folder: Path, journal: Journal, done: Mapping[str, int]) -> None:
-        self._folder, self._journal, self._done = folder, journal, done
+    def __init__(
+        self,
+        folder: Path,
+        journal: Journal,
+        done: Mapping[str, int],
+        unfinished: Callable[[Path], Path] = temporary,
+    ) -> None:
+        self._folder, self._journal, self._done, self._unfinished = folder, journal, done, unfinished
         self._shard: Shard | None = None
         self._stream: IO[bytes]
         self._pending: dict[str, dict[str, str]] = {}
@@ -71,7 +78,7 @@ class Output:
                 self._stream.close()
 
     def _begin(self, shard: Shard) -> None:
-        path = temporary(self._folder / shard.file)
+        path = self._unfinished(self._folder / shard.file)
         path.parent.mkdir(parents=True, exist_ok=True)
         # what was recovered ends at the end of an item
         self._stream = open(path, "ab" if self._done.get(shard.file) else "wb")  # noqa: SIM115
@@ -98,7 +105,7 @@ class Output:
         flush_to_disk(self._stream)
         self._shard = None
         self._stream.close()
-        os.replace(temporary(path), path)
+        os.replace(self._unfinished(path), path)
         self._note()
 
     def _sync(self) -> None:
@@ -146,7 +153,7 @@ def recover(folder: Path, shards: Sequence[Shard], hashes: Mapping[str, dict[str
     for shard in shards:
         path = folder / shard.file
         if whole:
-            count, end = _intact(path, shard, hashes)
+            count, end = _uncovered(path, shard, hashes)
             if count:
                 done[shard.file] = count
             whole = bool(shard.items) and count == len(shard.items)
@@ -181,12 +188,17 @@ def _remove_others(folder: Path, shards: Sequence[Shard]) -> None:
                 shutil.rmtree(path)
 
 
-def _intact(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> tuple[int, int]:
-    """How many items at the file's beginning are as noted, and where they end; the file has its temporary name then."""
+def _uncovered(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> tuple[int, int]:
+    """`intact` of a weight file, which has its temporary name then."""
     if path.exists():
         os.replace(path, temporary(path))
+    return intact(temporary(path), shard, hashes)
+
+
+def intact(path: Path, shard: Shard, hashes: Mapping[str, dict[str, str]]) -> tuple[int, int]:
+    """How many items at a file's beginning are as noted, and where they end. Raises OSError."""
     try:
-        stream = open(temporary(path), "rb")  # noqa: SIM115
+        stream = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         return 0, 0
     with stream:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fourbit import codebooks
+from fourbit.checkpoint import remote
 from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
@@ -22,6 +23,7 @@ from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.file_layout import Item, packed_item, plain_item, quantized_item
 from fourbit.checkpoint.foreign import require_unquantized
 from fourbit.checkpoint.plan import combined, plan_members
+from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.source import resolved
 from fourbit.checkpoint.tensors import Tensors
 from fourbit.config import QuantConfig, as_bitsandbytes
@@ -74,13 +76,15 @@ def quantize_checkpoint(
     progress: Progress | None = None,
     max_shard_size: int | str | None = None,
     components: Sequence[str] | None = None,
+    processes: Processes | None = None,
 ) -> QuantizeReport:
     """Write a 4-bit copy of the model folder `src` to `dst`, in the layout that bitsandbytes reads.
 
     Args:
         src: a folder of safetensors, or one .safetensors file; 16- or 32-bit. Also a repository in the Hub's cache,
             or the Hub's name of a model that is in it; nothing is fetched. Also a pipeline of diffusers, or a model of
-            sentence-transformers: the copy has all of their models then.
+            sentence-transformers: the copy has all of their models then. Also the URL of any such folder that fsspec
+            reads, such as "s3://bucket/model": each tensor is fetched when it is its turn.
         dst: the new folder. It is there only once it is complete.
         config: how to quantize; default QuantConfig().
         device: where to quantize.
@@ -93,6 +97,10 @@ def quantize_checkpoint(
         max_shard_size: of weight files, such as "5GB", "500MB" or "2GiB", or in bytes; a file has more only where one
             weight, with its scales, has. None: 5 GB.
         components: of a pipeline, those to quantize; None: the denoisers and text encoders.
+        processes: where several processes do it together, which one this is; all are called with the same arguments
+            otherwise, and see `src` and `dst` under the same names. Each writes a part of the weights, by bytes; the
+            result is that of one process. If one fails or is killed the others stop, with an error that says why,
+            within a few minutes; any number of processes, also one, can resume.
 
     Raises:
         CheckpointError: the source is malformed, an adapter, quantized already, or has nothing to quantize, or it
@@ -101,9 +109,9 @@ def quantize_checkpoint(
         NonFiniteError: a weight has NaN or Inf; its name and index are given, and nothing is left behind.
         ValueError: both `overwrite` and `resume`, or a `max_shard_size` that is none.
     """
-    request = Request("quantize_checkpoint", dst, overwrite, resume, progress, max_shard_size)
+    request = Request("quantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
     config = config or QuantConfig()
-    with Compound(resolved(src)) as source:
+    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         plans = checked_plans(source, config, device, components)
         planned = combined(source, plans)
         require_work(planned)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fourbit.checkpoint.errors import CheckpointError
+from fourbit.checkpoint.urls import require_local
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _OLD_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -22,9 +23,11 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     the snapshot that its refs/main names, or its only one; and "org/name", where there is no such path, means the
     snapshot of that model in the Hub's cache. `revision`, a branch, a tag or a commit, is that of such a model.
 
-    Raises CheckpointError if there is no such snapshot, or several, or a revision of what is none of these two. A
+    Raises CheckpointError for a URL, if there is no such snapshot, or several, or a revision of what is none of these
+    two. A
     path that does not exist comes back as it is.
     """
+    require_local(path, "this reads what is on this machine")
     given = Path(path).expanduser()
     if (given / "snapshots").is_dir() and ((given / "blobs").is_dir() or (given / "refs").is_dir()):
         return _snapshot(given, revision)

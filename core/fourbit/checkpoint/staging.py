@@ -16,6 +16,10 @@ from fourbit.checkpoint.snapshot import Snapshot
 
 DATA_FOLDER = "data"
 LOCK_FILE = "lock"
+PARTS_FOLDER = "parts"
+"""What several processes write, until it is put together in `data/`."""
+TEAM_FOLDER = "team"
+"""Where they say how far they are."""
 REPLACED_FOLDER = "replaced"
 
 
@@ -58,8 +62,9 @@ class Stage:
     def clear(self) -> None:
         """Remove what is done, and make `data/`. Raises OSError."""
         (self.folder / journal.JOURNAL_FILE).unlink(missing_ok=True)  # first: without it the rest counts for nothing
-        if os.path.lexists(self.data):
-            shutil.rmtree(self.data)
+        for folder in (self.data, self.folder / PARTS_FOLDER):
+            if os.path.lexists(folder):
+                shutil.rmtree(folder)
         self.data.mkdir()
 
     def publish(self, replaces: Snapshot | None) -> Path | None:
@@ -136,8 +141,9 @@ class Stage:
         lock = self.folder / LOCK_FILE
         if discard:
             with suppress(OSError):
-                if os.path.lexists(self.data):
-                    shutil.rmtree(self.data)
+                for folder in (self.data, self.folder / PARTS_FOLDER, self.folder / TEAM_FOLDER):
+                    if os.path.lexists(folder):
+                        shutil.rmtree(folder)
                 # the journal goes late: with it, what is left is known to be unfinished
                 for path in (self.folder / journal.JOURNAL_FILE, disk.temporary(self.folder / journal.JOURNAL_FILE)):
                     path.unlink(missing_ok=True)

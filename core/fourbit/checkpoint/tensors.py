@@ -102,11 +102,15 @@ class Tensors:
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         if info.nbytes:
             try:
-                _read_into(info, buffer.numpy().data)
+                self._read_into(info, buffer.numpy().data)
             except OSError as error:
                 reason = error.strerror or error
                 raise CheckpointError(f"{info.file}: tensor {name!r} cannot be read: {reason}") from error
         return buffer.view(info.dtype).view(info.shape)
+
+    def _read_into(self, info: TensorInfo, target: memoryview) -> None:
+        """Fill `target` with a tensor's bytes. Raises OSError."""
+        _read_into(info, target)
 
     def quantized(self) -> Mapping[str, tuple[str, ...]]:
         """The names of the 4-bit weights, each with the names of the tensors that hold its state."""

@@ -22,6 +22,13 @@ PIPELINE_FILE = "model_index.json"
 """What makes a folder a pipeline of diffusers, with a model in each subfolder."""
 MOST_PARTS = 12
 """Names that an error lists."""
+MAX_OTHER_BYTES = 1 << 32
+"""A larger file that is no weight is not carried over: no tokenizer, template or licence has a tenth of it."""
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".keras", ".msgpack", ".npz", ".ot"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".pdparams", ".nemo"),
+)
+"""Files that hold weights, and so are not carried over."""
 _INDEX_NAME = re.compile(r"\.safetensors\.index(\.[^.]+)?\.json$")
 
 
@@ -104,6 +111,12 @@ def has_weights(folder: Path) -> bool:
         return False
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be listed: {error.strerror or error}") from error
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file of that name, which may have folders in front, holds weights or is an index of such."""
+    is_index = name.endswith(".json") and ".index." in name
+    return name.endswith(_WEIGHT_SUFFIXES) or is_index or ".ckpt.data-" in name
 
 
 def stem_of(name: str) -> str:

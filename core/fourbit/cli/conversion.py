@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -50,9 +51,16 @@ def check_size(size: str | None) -> str | None:
 def run(verb: str, convert: Callable[..., R], dst: Path, resume: bool | None) -> R:
     """Call `quantize_checkpoint` or `dequantize_checkpoint`, the rest of its arguments given, with a bar.
 
-    Ctrl-C says what continues it.
+    Ctrl-C says what continues it. Under torchrun all processes do it together.
     """
     from fourbit.checkpoint.destination import unfinished_folder
+    from fourbit.checkpoint.processes import from_environment
+
+    processes = from_environment()
+    if processes is not None:
+        convert = partial(convert, processes=processes)
+        if processes.leads:
+            console.note(f"{processes.count} processes do this together")
 
     with console.bar(verb, in_bytes=True) as advance:
 
@@ -65,6 +73,14 @@ def run(verb: str, convert: Callable[..., R], dst: Path, resume: bool | None) ->
             if unfinished_folder(dst.expanduser().resolve()).is_dir():
                 raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
             raise
+
+
+def reports() -> bool:
+    """Whether this process says what all have done: under torchrun only the one with rank 0 does."""
+    from fourbit.checkpoint.processes import from_environment
+
+    processes = from_environment()
+    return processes is None or processes.leads
 
 
 def show(report: Report) -> None:

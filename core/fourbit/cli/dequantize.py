@@ -44,9 +44,11 @@ def dequantize(
         raise typer.BadParameter(str(error).replace("compute_dtype", "--dtype")) from None
     where = options.device(device)
     size = conversion.check_size(max_shard_size)
-    src = options.source(src, revision)
+    src = options.source(src, revision, urls=True)
     convert = partial(dequantize_checkpoint, src, dtype=kind, device=where, max_shard_size=size)
     report = conversion.run("dequantizing", convert, dst, resume)
+    if not conversion.reports():
+        return
     if as_json:
         console.print_json(report.to_dict())
         return

@@ -51,19 +51,38 @@ def config(
 
 
 def device(name: str) -> torch.device:
-    """The device of that name. A name that torch does not know is a usage error."""
+    """The device of that name. A name that torch does not know is a usage error.
+
+    Under torchrun, one without a number is each process's own: that of its LOCAL_RANK, modulo what there is.
+    """
     import torch
 
+    from fourbit.checkpoint.processes import from_environment
+
     try:
-        return torch.device(name)
+        found = torch.device(name)
     except RuntimeError as error:
         raise typer.BadParameter(str(error).splitlines()[0]) from None
+    processes = from_environment()
+    if processes is None or found.type == "cpu" or found.index is not None:
+        return found
+    module = torch.get_device_module(found)
+    count = module.device_count() if hasattr(module, "device_count") else 0
+    return torch.device(found.type, processes.local_rank % count) if count > 1 else found
 
 
-def source(path: Path, revision: str | None = None) -> Path:
-    """The folder or file that is meant; where it is another than what was named, in the Hub's cache, that is said."""
+def source(path: Path, revision: str | None = None, urls: bool = False) -> Path:
+    """The folder or file that is meant; where it is another than what was named, in the Hub's cache, that is said.
+
+    With `urls`, one of a folder may be named, too.
+    """
     from fourbit.checkpoint.source import located
+    from fourbit.checkpoint.urls import as_url
 
+    if urls and as_url(path) is not None:
+        if revision is not None:
+            raise typer.BadParameter("a URL has no --revision; name it in the URL, as in hf://org/name@revision")
+        return path
     found = located(path, revision)
     if found != path.expanduser():
         console.note(f"{path}: from the local Hub cache, revision {found.name} ({found})")

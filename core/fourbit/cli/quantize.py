@@ -23,7 +23,8 @@ def quantize(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Model folder (safetensors, 16 or 32 bit), one .safetensors file, or a Hub's name in the local cache.",
+            help="Model folder (safetensors, 16 or 32 bit), one .safetensors file, a Hub's name in the local cache, or"
+            " a folder's URL that fsspec reads (s3://, gs://, hf:// …).",
         ),
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the 4-bit model.")],
@@ -77,10 +78,13 @@ def quantize(
     config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
     where = options.device(device)
     size = conversion.check_size(max_shard_size)
+    reports = conversion.reports()
     chosen = None if components is None else [name.strip() for name in components.split(",") if name.strip()]
-    src = options.source(src, revision)
+    src = options.source(src, revision, urls=True)
     if dry_run:
         plans, plan, nbytes = check_and_plan(src, dst, config, where, resume is not None, chosen)
+        if not reports:
+            return
         if as_json:
             value = {"dry_run": True, "bytes_written": nbytes, "models": models(plans)}
             console.print_json({**value, **plan.to_dict()})
@@ -93,6 +97,8 @@ def quantize(
         convert = partial(quantize_checkpoint, src, config=config, device=where, components=chosen, max_shard_size=size)
         report = conversion.run("quantizing", convert, dst, resume)
         plan = report.plan
+        if not reports:
+            return
         if as_json:
             console.print_json({"dry_run": False, **report.to_dict()})
         else:
@@ -114,13 +120,15 @@ def check_and_plan(
 
     After the checks that do not need the weights.
     """
-    from fourbit.checkpoint import destination, others
+    from fourbit.checkpoint import destination, others, remote
     from fourbit.checkpoint.compound import Compound
     from fourbit.checkpoint.plan import combined
     from fourbit.checkpoint.quantize import checked_plans, output_items
     from fourbit.checkpoint.source import resolved
+    from fourbit.checkpoint.urls import refuse_destination
 
-    with Compound(resolved(src)) as source:
+    refuse_destination(dst)
+    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         plans = checked_plans(source, config, device, components)
         beside = others.find(source)
         others.require_free_names(source, beside)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from fourbit.checkpoint import Checkpoint, CheckpointError, others, source
+from fourbit.checkpoint import Checkpoint, CheckpointError, others, source, weight_files
 from fourbit.checkpoint.compare import compare_checkpoints
 from fourbit.checkpoint.dequantize import dequantize_checkpoint
 from fourbit.checkpoint.inspect import inspect_checkpoint
@@ -164,7 +164,7 @@ def test_other_files_that_lead_outside_are_left_out_and_said(tmp_path, secret):
         os.chdir(here)
     server.close()
     with open(src / "huge.txt", "wb") as stream:
-        stream.truncate(others.MAX_OTHER_BYTES + 1)
+        stream.truncate(weight_files.MAX_OTHER_BYTES + 1)
     result = CliRunner().invoke(app, ["quantize", str(src), str(tmp_path / "dst"), "--json"])
     assert result.exit_code == 0, result.output
     value = json.loads(result.stdout)
@@ -175,7 +175,7 @@ def test_other_files_that_lead_outside_are_left_out_and_said(tmp_path, secret):
         "round": f"a link to the folder {src}",
         **dict.fromkeys(("nowhere.txt", "loop.txt"), "a link that leads nowhere"),
         **dict.fromkeys(("pipe.txt", "socket.txt"), "no file, but a pipe, socket or device"),
-        "huge.txt": f"{others.MAX_OTHER_BYTES + 1:,} bytes, too large for anything but weights",
+        "huge.txt": f"{weight_files.MAX_OTHER_BYTES + 1:,} bytes, too large for anything but weights",
     }
     assert value["skipped"] == reasons
     assert set(value["copied"]) == {"tokenizer.json", os.path.join("sub", "inside.txt")}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fourbit.checkpoint import build, destination, disk, output, reader, snapshot, staging, untrusted, verify
+from fourbit.checkpoint import destination, disk, output, reader, snapshot, staging, streaming, untrusted, verify
 from fourbit.checkpoint.pipeline import Pipeline
 
 NEW = "crash/test_power_cut.py::test_a_new_folder"
@@ -150,7 +150,7 @@ def manifest_is_trusted(patch):
 @found_by(BELIEVED + "test_source_rewritten_between_runs", "DID NOT RAISE")
 def size_and_time_are_trusted(patch):
     """A source of the same size and time is taken for the same."""
-    patch.setattr(build, "_compare", lambda job, hashes: None)
+    patch.setattr(streaming, "compare", lambda job, hashes: None)
 
 
 @found_by("checkpoint/test_names.py::test_names_that_were_once_temporary", "config.json.tmp")
