@@ -1,0 +1,127 @@
+"""FourbitParameter: what stands in the place of a layer's weight while vLLM loads, and gathers the layer's parts.
+
+vLLM's layers know which rows or columns of a tensor are this rank's, and where in a fused weight (q, k and v; gate and
+up) they belong; they tell it to the parameter. It keeps the part alone: in 4 bits if it came so, or quantized here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.model_executor.parameter import BasevLLMParameter
+
+from fourbit.functional import quantize_4bit, require_finite
+from fourbit_vllm.packed import PackedTensor, Piece, Source, cut
+
+if TYPE_CHECKING:
+    from fourbit_vllm.config import FourbitVllmConfig
+
+_logger = init_logger(__name__)
+
+
+class Loading:
+    """Takes tensors as they come and keeps this rank's parts of them.
+
+    Args:
+        config: says what is quantized here.
+        prefix: the layer's name, for messages.
+        dtype: of parts that stay in 16 bit.
+        device: where the parts go.
+    """
+
+    def __init__(self, config: FourbitVllmConfig, prefix: str, dtype: torch.dtype) -> None:
+        self.config, self.prefix, self.dtype = config, prefix, dtype
+        self.device = torch.get_default_device()
+        self.parts: dict[tuple[int, ...], Piece | Tensor] = {}
+
+    def take(
+        self,
+        place: tuple[int, ...],
+        loaded: Tensor,
+        shape: tuple[int, int],
+        name: str = "",
+        row: int = 0,
+        column: int = 0,
+    ) -> None:
+        """Keep `shape` of `loaded` from `row` and `column` on, and remember its place.
+
+        Args:
+            name: of the tensor's layer as the folder calls it, for `skip_modules`.
+        """
+        if loaded.dim() != 2 or row + shape[0] > loaded.shape[0] or column + shape[1] > loaded.shape[1]:
+            raise ValueError(
+                f"{self.prefix}: the folder's weight is {list(loaded.shape)}, and this rank's part of it is"
+                f" {list(shape)} from row {row} and column {column}"
+            )
+        if not isinstance(loaded, PackedTensor) and self.config.quantizes(name or self.prefix, tuple(loaded.shape)):
+            loaded = quantized(loaded.to(self.device), self.config, name or self.prefix)
+        part = loaded.narrow(0, row, shape[0]).narrow(1, column, shape[1])
+        self.parts[place] = self._kept(part)
+
+    def _kept(self, part: Tensor) -> Piece | Tensor:
+        if not isinstance(part, PackedTensor):
+            return part.to(self.device, self.dtype, copy=True)
+        piece = cut(part)
+        if piece is not None:
+            # copies of parts, so that the file's whole tensor is let go
+            return Piece(*(t.to(self.device, copy=True) for t in piece[:3]), *piece[3:])
+        _logger.warning_once(
+            "%s is in 16 bit: its part of the weight %s has borders inside blocks of 32",
+            self.prefix,
+            list(part.source.state.shape),
+        )
+        return part.unpacked().to(self.device, self.dtype)
+
+
+def quantized(weight: Tensor, config: FourbitVllmConfig, name: str) -> PackedTensor:
+    """A 16-bit weight in 4 bits, with the bits that `fourbit quantize` gives it. Raises NonFiniteError."""
+    require_finite(weight, name)
+    quant = config.quant
+    codes, state = quantize_4bit(
+        weight, quant_type=quant.quant_type, blocksize=quant.blocksize, double_quant=quant.double_quant
+    )
+    return PackedTensor(Source(codes, state))
+
+
+class FourbitParameter(BasevLLMParameter):  # type: ignore[misc]
+    """The weight of a linear layer while it is loaded: of its shape and dtype, on the meta device."""
+
+    output_dim, input_dim = 0, 1
+
+    def __init__(self, data: Tensor, weight_loader: Any, loading: Loading, names: list[str]) -> None:
+        super().__init__(data=data, weight_loader=weight_loader)
+        self.loading, self.names = loading, names
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """Rows."""
+        rows, width = self.shape
+        self.loading.take((0,), loaded_weight, (rows, width), row=self.tp_rank * rows)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        """Columns."""
+        rows, width = self.shape
+        self.loading.take((0,), loaded_weight, (rows, width), column=self.tp_rank * width)
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        """Rows of one of several weights below each other."""
+        self._fused(loaded_weight, self.tp_rank, kwargs)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        """Rows of q, k or v; ranks share the heads of k and v where there are fewer heads than ranks."""
+        rank = self.tp_rank if kwargs["shard_id"] == "q" else self.tp_rank // kwargs["num_heads"]
+        self._fused(loaded_weight, rank, kwargs)
+
+    def load_whole(self, loaded_weight: Tensor) -> None:
+        """All of it, on each rank."""
+        self.loading.take((0,), loaded_weight, tuple(self.shape))
+
+    def _fused(self, loaded: Tensor, rank: int, kwargs: dict[str, Any]) -> None:
+        size, offset, shard = kwargs["shard_size"], kwargs["shard_offset"], kwargs["shard_id"]
+        number = self._shard_id_as_int(shard)
+        name = self.names[number] if number < len(self.names) else ""
+        self.loading.take((offset,), loaded, (size, self.shape[1]), name, row=rank * size)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
