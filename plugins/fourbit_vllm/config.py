@@ -83,7 +83,9 @@ class FourbitVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """Refuse what would be read wrongly. Raises ValueError."""
         kind = getattr(hf_config, "model_type", None)
         if kind in TRANSPOSED_MODELS:
-            raise ValueError(f"fourbit's vLLM plugin does not serve {kind}: vLLM transposes its weights as it loads them")
+            raise ValueError(
+                f"fourbit's vLLM plugin does not serve {kind}: vLLM transposes its weights as it loads them"
+            )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """fourbit's for linear layers and experts; embeddings and the output head are vLLM's, in 16 bit."""
@@ -104,6 +106,8 @@ class FourbitVllmConfig(QuantizationConfig):  # type: ignore[misc]
         parts = self.packed_modules_mapping.get(last, [last])
         return [f"{parent}.{part}" if parent else part for part in parts]
 
-    def quantizes(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a 16-bit weight is quantized as it is loaded: by the rules of `fourbit quantize`."""
-        return self.quant is not None and not role_by_name(name, shape) and self.quant.skips(name) is None
+    def quant_of(self, name: str, shape: tuple[int, ...]) -> QuantConfig | None:
+        """How a 16-bit weight is quantized as it is loaded, by the rules of `fourbit quantize`; None: it is not."""
+        if self.quant is None or role_by_name(name, shape) or self.quant.skips(name) is not None:
+            return None
+        return self.quant

@@ -51,7 +51,9 @@ class FourbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         rank = self.moe.moe_parallel_config.tp_rank
         for name, shape in shapes.items():
             weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device="meta"), requires_grad=False)
-            loader = _Loader(layer, Loading(self.config, self.prefix, params_dtype), rank, intermediate_size_per_partition)
+            loader = _Loader(
+                layer, Loading(self.config, self.prefix, params_dtype), rank, intermediate_size_per_partition
+            )
             weight.weight_loader = loader  # type: ignore[attr-defined]
             layer.register_parameter(f"{name}_weight", weight)
 
@@ -61,12 +63,8 @@ class FourbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for name in _NAMES:
             weight = getattr(layer, f"{name}_weight")
             loading: Loading = weight.weight_loader.loading
-            parts = [part for _, part in sorted(loading.parts.items())]
-            loading.parts.clear()
-            found = sum(part.rows if isinstance(part, Piece) else part.shape[0] for part in parts)
-            if found != weight.shape[0] * weight.shape[1]:
-                wanted = weight.shape[0] * weight.shape[1]
-                raise ValueError(f"{self.prefix}.{name}: the folder has {found} of the {wanted} rows of its experts")
+            count, rows, width = weight.shape
+            parts = loading.all_parts(f"{self.prefix}.{name}", count * rows, width)
             gathered[name] = parts, tuple(weight.shape)
         packed = {isinstance(part, Piece) for parts, _ in gathered.values() for part in parts}
         if packed == {False}:

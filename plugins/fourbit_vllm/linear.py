@@ -28,7 +28,7 @@ class Stored(NamedTuple):
     blocksize: int
 
 
-@register_weight_loader_v2_supported_method  # type: ignore[untyped-decorator]
+@register_weight_loader_v2_supported_method
 class FourbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """`qweight` uint8 [n/2], `absmax` float32 [n/blocksize] and `code` float32 [16] in the place of `weight`.
 
@@ -68,11 +68,7 @@ class FourbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if not isinstance(weight, FourbitParameter):
             return  # a layer that two names share
         rows, width = weight.shape
-        parts = [part for _, part in sorted(weight.loading.parts.items())]
-        found = sum(part.rows if isinstance(part, Piece) else part.shape[0] for part in parts)
-        if found != rows:
-            raise ValueError(f"{self.prefix}: the folder has {found} of the {rows} rows of its weight")
-        weight.loading.parts.clear()
+        parts = weight.loading.all_parts(self.prefix, rows, width)
         del layer.weight
         if not any(isinstance(part, Piece) for part in parts):
             self._stay(layer, torch.cat([part for part in parts if isinstance(part, Tensor)]))
@@ -88,7 +84,7 @@ class FourbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 stored.append(Stored(suffix, part.shape[0], 0))
             for name, tensor in tensors.items():
                 layer.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
-        layer.fourbit_stored = tuple(stored)
+        layer.fourbit_stored = tuple(stored)  # type: ignore[assignment]  # an attribute of ours
 
     def _stay(self, layer: nn.Module, weight: Tensor) -> None:
         """A layer of which nothing is in 4 bits is one of vLLM's own."""
@@ -99,7 +95,7 @@ class FourbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] times the transposed weight [out, in]: [..., out]."""
-        stored: tuple[Stored, ...] = layer.fourbit_stored
+        stored: tuple[Stored, ...] = layer.fourbit_stored  # type: ignore[assignment]
         if len(stored) == 1:
             return _product(layer, x, stored[0], bias)
         y = torch.cat([_product(layer, x, each, None) for each in stored], -1)

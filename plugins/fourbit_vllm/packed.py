@@ -35,10 +35,10 @@ class Piece(NamedTuple):
     rows: int
     width: int
 
-    def to(self, device: torch.device) -> Piece:
-        """The same with its tensors on `device`."""
-        moved = (tensor.to(device) for tensor in self[:3])
-        return Piece(*moved, *self[3:])
+    def copied(self, device: torch.device) -> Piece:
+        """The same with tensors of its own, on `device`: a part of a file's tensor keeps all of that alive."""
+        codes, scales, code = (tensor.to(device, copy=True) for tensor in (self.codes, self.scales, self.code))
+        return self._replace(codes=codes, scales=scales, code=code)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[rows, width] in `dtype`."""
@@ -84,13 +84,13 @@ class PackedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, source: Source, rows: Tensor | None = None, columns: tuple[int, int] | None = None
+        cls: type[PackedTensor], source: Source, rows: Tensor | None = None, columns: tuple[int, int] | None = None
     ) -> PackedTensor:
         shape = source.state.shape
         if rows is None:
             rows = torch.arange(prod(shape[:-1]), device="cpu").view(shape[:-1])
         columns = columns or (0, source.width)
-        made: PackedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: PackedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             (*rows.shape, columns[1] - columns[0]),
             dtype=source.state.dtype,
@@ -116,7 +116,7 @@ class PackedTensor(torch.Tensor):
         return whole[self.rows.to(whole.device), slice(*self.columns)]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # which torch's own types have as a function
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

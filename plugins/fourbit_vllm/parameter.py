@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.parameter import BasevLLMParameter
 
+from fourbit import codebooks
+from fourbit.config import QuantConfig
 from fourbit.functional import quantize_4bit, require_finite
 from fourbit_vllm.packed import PackedTensor, Piece, Source, cut
 
@@ -29,13 +32,31 @@ class Loading:
         config: says what is quantized here.
         prefix: the layer's name, for messages.
         dtype: of parts that stay in 16 bit.
-        device: where the parts go.
     """
 
     def __init__(self, config: FourbitVllmConfig, prefix: str, dtype: torch.dtype) -> None:
         self.config, self.prefix, self.dtype = config, prefix, dtype
-        self.device = torch.get_default_device()
+        self.device = torch.get_default_device()  # vLLM's, while it makes layers
+        self.dummy = get_current_vllm_config().load_config.load_format == "dummy"
         self.parts: dict[tuple[int, ...], Piece | Tensor] = {}
+
+    def all_parts(self, what: str, rows: int, width: int) -> list[Piece | Tensor]:
+        """The parts in the order of their places; they are let go. Raises ValueError if they are not `rows` rows."""
+        parts = [part for _, part in sorted(self.parts.items(), key=lambda item: item[0])]
+        self.parts.clear()
+        if not parts and self.dummy:
+            return [self._random(rows, width)]
+        found = sum(part.rows if isinstance(part, Piece) else part.shape[0] for part in parts)
+        if found != rows:
+            raise ValueError(f"{what}: the folder has {found} of the {rows} rows of its weight")
+        return parts
+
+    def _random(self, rows: int, width: int) -> Piece:
+        """For `--load-format dummy`: any codes, in blocks of the default size where they fit."""
+        size = 64 if width % 64 == 0 else 32
+        codes = torch.randint(0, 256, (-(-rows * width // 2),), dtype=torch.uint8, device=self.device)
+        scales = torch.full((-(-rows * width // size),), width**-0.5, device=self.device)
+        return Piece(codes, scales, codebooks.get("nf4").tensor(self.device), size, rows, width)
 
     def take(
         self,
@@ -56,8 +77,9 @@ class Loading:
                 f"{self.prefix}: the folder's weight is {list(loaded.shape)}, and this rank's part of it is"
                 f" {list(shape)} from row {row} and column {column}"
             )
-        if not isinstance(loaded, PackedTensor) and self.config.quantizes(name or self.prefix, tuple(loaded.shape)):
-            loaded = quantized(loaded.to(self.device), self.config, name or self.prefix)
+        quant = self.config.quant_of(name or self.prefix, tuple(loaded.shape))
+        if quant is not None and not isinstance(loaded, PackedTensor):
+            loaded = quantized(loaded.to(self.device), quant, name or self.prefix)
         part = loaded.narrow(0, row, shape[0]).narrow(1, column, shape[1])
         self.parts[place] = self._kept(part)
 
@@ -66,8 +88,7 @@ class Loading:
             return part.to(self.device, self.dtype, copy=True)
         piece = cut(part)
         if piece is not None:
-            # copies of parts, so that the file's whole tensor is let go
-            return Piece(*(t.to(self.device, copy=True) for t in piece[:3]), *piece[3:])
+            return piece.copied(self.device)
         _logger.warning_once(
             "%s is in 16 bit: its part of the weight %s has borders inside blocks of 32",
             self.prefix,
@@ -76,10 +97,9 @@ class Loading:
         return part.unpacked().to(self.device, self.dtype)
 
 
-def quantized(weight: Tensor, config: FourbitVllmConfig, name: str) -> PackedTensor:
+def quantized(weight: Tensor, quant: QuantConfig, name: str) -> PackedTensor:
     """A 16-bit weight in 4 bits, with the bits that `fourbit quantize` gives it. Raises NonFiniteError."""
     require_finite(weight, name)
-    quant = config.quant
     codes, state = quantize_4bit(
         weight, quant_type=quant.quant_type, blocksize=quant.blocksize, double_quant=quant.double_quant
     )
