@@ -12,12 +12,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from fourbit_vllm.packed import Piece, join
-from fourbit_vllm.parameter import Loading
+from fourbit_vllm.parameter import Loading, Rules
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    from fourbit_vllm.config import FourbitVllmConfig
 
 _NAMES = ("w13", "w2")
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -26,7 +24,7 @@ _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 class FourbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """`w13_qweight`, `w13_absmax`, `w13_code` (gate above up) and likewise `w2_…` in the place of the weights."""
 
-    def __init__(self, config: FourbitVllmConfig, prefix: str, moe: Any) -> None:
+    def __init__(self, config: Rules, prefix: str, moe: Any) -> None:
         super().__init__(moe)
         self.config, self.prefix = config, prefix
         self.blocksizes: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from fourbit_vllm.packed import Piece, join
-from fourbit_vllm.parameter import FourbitParameter, Loading
-
-if TYPE_CHECKING:
-    from fourbit_vllm.config import FourbitVllmConfig
+from fourbit_vllm.parameter import FourbitParameter, Loading, Rules
 
 
 class Stored(NamedTuple):
@@ -36,7 +33,7 @@ class FourbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
     16 bit, or their tables differ) the layer has several, with numbers behind their names.
     """
 
-    def __init__(self, config: FourbitVllmConfig, prefix: str) -> None:
+    def __init__(self, config: Rules, prefix: str) -> None:
         self.config, self.prefix = config, prefix
 
     def create_weights(

@@ -6,7 +6,7 @@ up) they belong; they tell it to the parameter. It keeps the part alone: in 4 bi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,14 @@ from fourbit.config import QuantConfig
 from fourbit.functional import quantize_4bit, require_finite
 from fourbit_vllm.packed import PackedTensor, Piece, Source, cut
 
-if TYPE_CHECKING:
-    from fourbit_vllm.config import FourbitVllmConfig
-
 _logger = init_logger(__name__)
+
+
+class Rules(Protocol):
+    """What a layer asks of the configuration."""
+
+    def parts_of(self, prefix: str) -> list[str]: ...
+    def quant_of(self, name: str, shape: tuple[int, ...]) -> QuantConfig | None: ...
 
 
 class Loading:
@@ -34,7 +38,7 @@ class Loading:
         dtype: of parts that stay in 16 bit.
     """
 
-    def __init__(self, config: FourbitVllmConfig, prefix: str, dtype: torch.dtype) -> None:
+    def __init__(self, config: Rules, prefix: str, dtype: torch.dtype) -> None:
         self.config, self.prefix, self.dtype = config, prefix, dtype
         self.device = torch.get_default_device()  # vLLM's, while it makes layers
         self.dummy = get_current_vllm_config().load_config.load_format == "dummy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
+import fourbit
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.config import MARK, QuantConfig
 from tests.support import skip_or_fail
@@ -35,7 +37,10 @@ def _by_command(model, folder, **quant):
 
 
 def _twin(folder):
-    """Where the same model is for transformers, which casts codes that lie in 16-bit elements to the model's dtype."""
+    """Where the same model is for transformers, if it reads this folder not or otherwise.
+
+    It casts codes that lie in 16-bit elements to the model's dtype.
+    """
     return folder.with_name(folder.name + "-twin")
 
 
@@ -52,6 +57,20 @@ def _by_bitsandbytes(folder, **options):
         config = BitsAndBytesConfig(load_in_4bit=True, **options, **more)
         AutoModelForCausalLM.from_pretrained(plain, quantization_config=config, device_map="cpu").save_pretrained(path)
     assert MARK not in json.loads((folder / "config.json").read_text())["quantization_config"]
+    return folder
+
+
+def _stacked(folder):
+    """A folder with all experts of a projection in one packed tensor."""
+    twin = models.written(models.qwen3_moe(), _twin(folder))
+    shutil.copytree(twin, folder)
+    tensors = {name: t for name, t in load_file(twin / "model.safetensors").items() if ".experts." not in name}
+    for i, layer in enumerate(models.qwen3_moe().model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            key = f"model.layers.{i}.mlp.experts.{name}"
+            tensors[key], state = fourbit.quantize_4bit(getattr(layer.mlp.experts, name).detach())
+            tensors |= state.to_state_dict(f"{key}.")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -76,6 +95,7 @@ FOLDERS = {
     "qwen3-moe": lambda path: models.written(models.qwen3_moe(), path),
     "qwen3-moe, fourbit quantize": lambda path: _by_command(models.qwen3_moe(), path, double_quant=True),
     "qwen3-moe, experts in 16 bit": lambda path: models.written(models.qwen3_moe(), path, skip_modules=("*experts*",)),
+    "qwen3-moe, stacked": _stacked,
     "mixtral": lambda path: models.written(models.mixtral(), path, double_quant=True),
     "mixtral, fp4": lambda path: models.written(models.mixtral(), path, quant_type="fp4", blocksize=32),
 }

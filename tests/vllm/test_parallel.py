@@ -39,11 +39,13 @@ def served(tmp_path_factory, needs_vllm):
     jobs[-1]["options"] |= PLAIN
     wanted["experts"] = wanted[EXPERT_PARALLEL]
     jobs.append({"folder": str(folders[EXPERT_PARALLEL]), "options": {**two, "enable_expert_parallel": True}})
+    wanted["pipeline"] = wanted["mixtral"]
+    jobs.append({"folder": str(folders["mixtral"]), "options": {"pipeline_parallel_size": 2}})
     found = engine.run(root, jobs, ranks=2, timeout=1800)
     return {name: (wanted[name], answer) for name, answer in zip(wanted, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "while loading", "experts"])
+@pytest.mark.parametrize("name", [*FOLDERS, "while loading", "experts", "pipeline"])
 def test_tokens_are_those_of_transformers(served, name):
     wanted, answer = served[name]
     assert answer["tokens"] == wanted

