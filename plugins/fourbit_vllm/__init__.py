@@ -3,16 +3,23 @@
 vLLM finds it by its entry point `vllm.general_plugins`; nothing has to be imported.
 """
 
+import logging
+
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Register fourbit's quantization with vLLM; called by vLLM in each of its processes, and harmless the second time.
+    """Register fourbit's quantization with vLLM, which calls it in each of its processes; harmless the second time.
 
-    It imports nothing of vLLM that vLLM has not imported by then but its quantization layers.
+    A vLLM without what it builds on only gets a warning: whoever has both installed may serve other models.
     """
-    from vllm.model_executor.layers.quantization import register_quantization_config
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from fourbit_vllm.config import METHOD, FourbitVllmConfig
-
+        from fourbit_vllm.config import METHOD, FourbitVllmConfig
+    except ImportError as error:
+        logging.getLogger(__name__).warning(
+            "4-bit folders are not served with fourbit, whose plugin is for vLLM 0.32: %s", error
+        )
+        return
     register_quantization_config(METHOD)(FourbitVllmConfig)

@@ -56,6 +56,7 @@ def _answered(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from tests.vllm.engine import layers as named  # by its module's name, by which workers find it
     from tests.vllm.models import NEW_TOKENS, PROMPTS
 
     options = {
@@ -75,7 +76,7 @@ def _answered(job: dict[str, Any]) -> dict[str, Any]:
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, detokenize=False, ignore_eos=True)
         prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
         outputs = engine.generate(prompts, sampling, lora_request=request, use_tqdm=False)
-        found = {"tokens": [list(each.outputs[0].token_ids) for each in outputs], "layers": engine.apply_model(layers)}
+        found = {"tokens": [list(each.outputs[0].token_ids) for each in outputs], "layers": engine.apply_model(named)}
         del engine
     except Exception as error:
         if not job.get("fails"):
