@@ -59,7 +59,7 @@ class Loading:
         """For `--load-format dummy`: any codes, in blocks of the default size where they fit."""
         size = 64 if width % 64 == 0 else 32
         codes = torch.randint(0, 256, (-(-rows * width // 2),), dtype=torch.uint8, device=self.device)
-        scales = torch.full((-(-rows * width // size),), width**-0.5, device=self.device)
+        scales = torch.full((-(-rows * width // size),), width**-0.5, dtype=torch.float32, device=self.device)
         return Piece(codes, scales, codebooks.get("nf4").tensor(self.device), size, rows, width)
 
     def take(
@@ -96,7 +96,7 @@ class Loading:
         _logger.warning_once(
             "%s is in 16 bit: its part of the weight %s has borders inside blocks of 32",
             self.prefix,
-            list(part.source.state.shape),
+            tuple(part.source.state.shape),
         )
         return part.unpacked().to(self.device, self.dtype)
 

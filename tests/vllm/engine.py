@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,8 @@ def _answered(job: dict[str, Any]) -> dict[str, Any]:
         found = {"tokens": [list(each.outputs[0].token_ids) for each in outputs], "layers": engine.apply_model(named)}
         del engine
     except Exception as error:
-        if not job.get("fails"):
-            raise
-        found = {"error": str(error)}
+        traceback.print_exc()
+        found = {"tokens": None, "error": str(error), "layers": [{}] * 2}
     cleanup_dist_env_and_memory()
     torch._dynamo.reset()
     gc.collect()

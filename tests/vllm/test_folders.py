@@ -69,7 +69,7 @@ def _stacked(folder):
         for name in ("gate_up_proj", "down_proj"):
             key = f"model.layers.{i}.mlp.experts.{name}"
             tensors[key], state = fourbit.quantize_4bit(getattr(layer.mlp.experts, name).detach())
-            tensors |= state.to_state_dict(f"{key}.")
+            tensors |= {part: tensor.clone() for part, tensor in state.to_state_dict(f"{key}.").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -116,7 +116,7 @@ def served(tmp_path_factory, needs_vllm):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_tokens_are_those_of_transformers(served, name):
     wanted, answer = served[name]
-    assert answer["tokens"] == wanted
+    assert answer["tokens"] == wanted, answer.get("error")
     assert len({token for each in wanted for token in each}) > 3  # a model that says one thing shows nothing
 
 
@@ -175,7 +175,7 @@ def on_the_fly(tmp_path_factory, needs_vllm):
 @pytest.mark.parametrize("name", ["llama", "llama, options", "qwen3-moe", "mixtral"])
 def test_quantized_while_loading(on_the_fly, name):
     wanted, answer = on_the_fly[name]
-    assert answer["tokens"] == wanted
+    assert answer["tokens"] == wanted, answer.get("error")
     (found,) = answer["layers"]
     assert found.keys() >= {f"model.layers.{i}.self_attn.qkv_proj" for i in range(2)}
     assert not any(layer.endswith(("gate", "lm_head", "embed_tokens")) for layer in found)
@@ -196,5 +196,5 @@ def test_broken_folders_are_refused(tmp_path, needs_vllm):
     name = "model.layers.1.mlp.up_proj.weight"
     del tensors[f"{name}.absmax"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (answer,) = engine.run(tmp_path, [{"folder": str(folder), "fails": True}])
+    (answer,) = engine.run(tmp_path, [{"folder": str(folder)}])
     assert name in answer["error"]
