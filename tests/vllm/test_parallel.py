@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
+from tests.support import skip_without_device
 from tests.vllm import engine, models
 
 pytestmark = pytest.mark.long
@@ -39,17 +41,26 @@ def served(tmp_path_factory, needs_vllm):
     jobs[-1]["options"] |= PLAIN
     wanted["experts"] = wanted[EXPERT_PARALLEL]
     jobs.append({"folder": str(folders[EXPERT_PARALLEL]), "options": {**two, "enable_expert_parallel": True}})
-    wanted["pipeline"] = wanted["mixtral"]
-    jobs.append({"folder": str(folders["mixtral"]), "options": {"pipeline_parallel_size": 2}})
     found = engine.run(root, jobs, ranks=2, timeout=1800)
     return {name: (wanted[name], answer) for name, answer in zip(wanted, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "while loading", "experts", "pipeline"])
+@pytest.mark.parametrize("name", [*FOLDERS, "while loading", "experts"])
 def test_tokens_are_those_of_transformers(served, name):
     wanted, answer = served[name]
     assert answer["tokens"] == wanted, answer.get("error")
     assert len(answer["layers"]) == 2
+
+
+def test_a_pipeline_of_two(tmp_path, needs_vllm):
+    """Each rank has its layers. The model runner of vLLM 0.32 for CPUs passes nothing on between them."""
+    if torch.cuda.device_count() < 2:
+        skip_without_device("a pipeline wants two GPUs")
+    folder = models.written(models.mixtral(), tmp_path / "model")
+    (answer,) = engine.run(tmp_path, [{"folder": str(folder), "options": {"pipeline_parallel_size": 2}}], ranks=2)
+    assert answer["tokens"] == models.reference(folder), answer.get("error")
+    first, second = answer["layers"]
+    assert first and second and not set(first) & set(second)
 
 
 def test_each_rank_has_4_bit_layers(served):
