@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Shape:
-    """A product as plans see it: x [m, k], weight [n, k], `experts` of them."""
+    """A product as plans see it: x [m, k], weight [n, k], `experts` of them; `transposed`: x [m, n], the gradient."""
 
     m: int
     n: int
@@ -20,6 +20,7 @@ class Shape:
     blocksize: int
     nested: bool
     experts: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

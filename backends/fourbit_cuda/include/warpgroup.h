@@ -1,0 +1,115 @@
+// sm_90a: products of a warpgroup (four warps) with both operands in shared memory, tiles brought there by the copy
+// engine, and the matrices of 16-bit results on their way out.
+#pragma once
+#include "matrix.h"
+
+// A CUtensorMap, which the host encodes: what a copy of a tile needs to know of the matrix.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+// Starts the copy of the tile whose first element is (`column`, `row`); its bytes count on `barrier`.
+FB_DEVICE void copy_tile(u32 to, const TensorMap& map, u32 column, u32 row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(&map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+FB_DEVICE void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// One arrival, and so many bytes that the phase waits for.
+FB_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Registers of a thread: a warpgroup gives some back, or takes more.
+template <int count>
+FB_DEVICE void registers_decrease() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+FB_DEVICE void registers_increase() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+// A barrier of one warpgroup.
+FB_DEVICE void group_barrier(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+// ---- operands: rows of 128 bytes, of which the hardware expects 16-byte pieces exchanged: piece ^ row % 8 ----
+
+// Groups of eight rows are 1024 bytes apart; `at` is 1024-byte aligned, or the start of 16 elements in the first row.
+FB_DEVICE u64 operand_rows(u32 at) { return 1ull << 62 | 64ull << 32 | 64ull << 16 | (at >> 4 & 0x3fffu); }
+
+#if DTYPE == FB_BF16
+#define PRODUCT_TYPES "bf16.bf16"
+#else
+#define PRODUCT_TYPES "f16.f16"
+#endif
+
+#define SUMS4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define SUMS16(d, i) SUMS4(d, i), SUMS4(d, i + 1), SUMS4(d, i + 2), SUMS4(d, i + 3)
+#define SUMS32(d, i) SUMS16(d, i), SUMS16(d, i + 4)
+#define NAMES_0                                                                                                  \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_32                                                                                                  \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+    "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_64                                                                                                  \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+    "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_96                                                                                                    \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+    "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PRODUCT(columns) "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." PRODUCT_TYPES " "
+
+// d [64, COLUMNS] = (`more`: +=) a [64, 16] times x [COLUMNS, 16] transposed; started, and not waited for. A_TRANSPOSED:
+// a lies as [16, 64].
+FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], u64 a, u64 x, u32 more) {
+#if COLUMNS == 64
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %34, 0;\n" PRODUCT(64) "{" NAMES_0 "}, %32, %33, p, 1, 1, %35, 0; }"
+                 : SUMS32(d, 0)
+                 : "l"(a), "l"(x), "r"(more), "n"(A_TRANSPOSED));
+#elif COLUMNS == 128
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %66, 0;\n" PRODUCT(128) "{" NAMES_0 ", " NAMES_32
+                 "}, %64, %65, p, 1, 1, %67, 0; }"
+                 : SUMS32(d, 0), SUMS32(d, 8)
+                 : "l"(a), "l"(x), "r"(more), "n"(A_TRANSPOSED));
+#elif COLUMNS == 256
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %130, 0;\n" PRODUCT(256) "{" NAMES_0 ", " NAMES_32 ", " NAMES_64
+                 ", " NAMES_96 "}, %128, %129, p, 1, 1, %131, 0; }"
+                 : SUMS32(d, 0), SUMS32(d, 8), SUMS32(d, 16), SUMS32(d, 24)
+                 : "l"(a), "l"(x), "r"(more), "n"(A_TRANSPOSED));
+#else
+#error "COLUMNS must be 64, 128 or 256"
+#endif
+}
+FB_DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FB_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most `pending` of the committed groups are in flight.
+template <int pending>
+FB_DEVICE void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Four matrices of 8 x 8 16-bit values, transposed: lane 8 i + j gives the address of matrix i's column j as a row.
+FB_DEVICE void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+FB_DEVICE void shared_store4(u32 p, u32x4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Where `p` of this block is in the cluster's block `rank`, and a store there.
+FB_DEVICE u32 cluster_address(u32 p, u32 rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(p), "r"(rank));
+    return there;
+}
+FB_DEVICE void cluster_store4(u32 p, u32x4 v) {
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}

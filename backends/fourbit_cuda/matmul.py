@@ -1,0 +1,182 @@
+"""Products of many rows on sm_90: the plan and the launch of matmul.cu, for linear_4bit, its gradient and experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fourbit_cuda.tensor_map import tensor_map
+from fourbit_cuda.tile import Shape
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.launcher import Grid
+from fourbit_gpu.spec import KernelSpec
+
+ARCH = 90
+"""The one that has wgmma."""
+
+OUTPUTS = 128
+"""Outputs of a tile: rows of the weight, or columns of it where it is transposed."""
+
+STEP = 64
+"""Elements of the inner dimension at a time."""
+
+_RESERVED = 1 << 10
+"""Shared memory that the driver keeps of every block's, beyond what a block may have."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Compile-time choices of matmul.cu.
+
+    Attributes:
+        columns: rows of x in a tile: 64, 128 or 256.
+        split: blocks of a cluster, which share the last tiles.
+        decoders: warpgroups that decode.
+        stages: tiles of x and of the decoded weight on their way.
+        weight_stages: pairs of steps of the packed weight on their way.
+        result_columns: rows of x whose results leave at a time.
+    """
+
+    columns: int
+    split: int
+    decoders: int
+    stages: int
+    weight_stages: int
+    result_columns: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block: two warpgroups multiply."""
+        return 128 * (2 + self.decoders)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that decodes, and of one that multiplies: what was allocated for all at the launch."""
+        return (104, 200) if self.decoders == 1 else (112, 144)
+
+
+def block(columns: int, split: int) -> Block:
+    """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
+    if columns == 256:  # 128 sums a thread: no registers for two warpgroups of decoders
+        return Block(256, split, 1, 3, 4, 128)
+    return Block(128, split, 2, 5, 4, 128) if columns == 128 else Block(64, split, 2, 6, 6, 64)
+
+
+class Memory(NamedTuple):
+    """A block's dynamic shared memory, offsets in bytes: the ring comes first.
+
+    Attributes:
+        weight_at: the packed weight's ring.
+        results_at: results on their way out.
+        barriers_at: of both rings.
+        codes_at: the table of nested_code.
+        experts_at: of experts' rows.
+        total: of all.
+    """
+
+    weight_at: int
+    results_at: int
+    barriers_at: int
+    codes_at: int
+    experts_at: int
+    total: int
+
+    @classmethod
+    def of(cls, shape: Shape, b: Block) -> Memory:
+        """That of a block for a shape."""
+        weight = b.stages * (b.columns * STEP * 2 + OUTPUTS * STEP * 2)
+        results = weight + b.weight_stages * OUTPUTS * STEP
+        barriers = results + 2 * b.result_columns * 128
+        codes = barriers + 16 * (b.stages + b.weight_stages)
+        experts = codes + (1024 if shape.nested else 0)
+        total = experts + (4 * (3 * shape.experts + 1) if shape.experts else 0)
+        return cls(weight, results, barriers, codes, experts, total)
+
+    def defines(self) -> dict[str, int]:
+        """What the kernel is compiled with."""
+        return {name.upper(): value for name, value in self._asdict().items() if name != "total"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to launch one product; `text` says in words what was chosen."""
+
+    spec: KernelSpec
+    block: Block
+    grid: Grid
+    shared_bytes: int
+    text: str
+
+
+def fits(props: DeviceProps, shape: Shape) -> bool:
+    """Whether matmul.cu can take the shape at all; alignment of the tensors is the caller's to check."""
+    outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
+    weight_rows = max(shape.experts, 1) * shape.n
+    return (
+        props.arch == ARCH
+        and shape.dtype != 0
+        and shape.k % STEP == 0
+        and shape.k % shape.blocksize == 0
+        and inner % 8 == 0
+        and weight_rows * shape.k // shape.blocksize < 1 << 31
+        and max(weight_rows, shape.m, outputs) < 1 << 31
+        and shape.experts <= 4096
+    )
+
+
+def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan | None:
+    """The plan for one kind of block; None if it does not fit."""
+    memory = Memory.of(shape, b)
+    outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
+    if memory.total > props.shared_per_block or b.split > -(-inner // (2 * STEP)):
+        return None
+    decode, product = b.registers
+    spec = KernelSpec.of(
+        "matmul.cu",
+        "matmul",
+        {
+            "DTYPE": shape.dtype,
+            "BLOCKSIZE": shape.blocksize,
+            "NESTED": int(shape.nested),
+            "TRANSPOSED": int(shape.transposed),
+            "GROUPED": int(shape.experts > 0),
+            "COLUMNS": b.columns,
+            "SPLIT": b.split,
+            "DECODERS": b.decoders,
+            "STAGES": b.stages,
+            "WEIGHT_STAGES": b.weight_stages,
+            "RESULT_COLUMNS": b.result_columns,
+            "DECODER_REGISTERS": decode,
+            "PRODUCT_REGISTERS": product,
+            **memory.defines(),
+        },
+        package="fourbit_cuda",
+        arch_specific=True,
+    )
+    tiles = -(-outputs // OUTPUTS) * (-(-shape.m // b.columns) + max(shape.experts - 1, 0))
+    blocks = props.sm_count // b.split * b.split
+    if not shape.experts:  # of experts only the device knows how many tiles there are
+        blocks = min(blocks, tiles * b.split)
+    text = (
+        f"fused decode and wgmma: {blocks} blocks on {props.sm_count} multiprocessors, tiles of {OUTPUTS} outputs x"
+        f" {b.columns} rows of x{f', the last shared by clusters of {b.split}' if b.split > 1 else ''}"
+    )
+    return Plan(spec, b, (blocks, 1, 1), memory.total, text)
+
+
+def launch(
+    kernel: Any, plan: Plan, shape: Shape, x: int, packed: int, scales: tuple[int, ...], last: int, out: int
+) -> None:
+    """Launch `plan` for x, packed and out at these addresses, 16-byte aligned.
+
+    `scales`: addresses of absmax, code and the three of nested scales; `last`: of bias, or int64 offsets of experts.
+    """
+    inner = shape.n if shape.transposed else shape.k
+    rows = max(shape.experts, 1) * shape.n
+    encode = kernel.encode_map
+    maps = (
+        tensor_map(encode, x, 2, inner, shape.m, STEP, plan.block.columns),
+        tensor_map(encode, packed, 1, shape.k // 2, rows, STEP, OUTPUTS),
+    )
+    args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts)
+    kernel.launch(plan.grid, plan.block.threads, plan.shared_bytes, args, not shape.experts, maps)
