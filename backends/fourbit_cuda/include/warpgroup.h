@@ -22,6 +22,16 @@ FB_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// Whether the phase whose number has this parity has ended.
+FB_DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+    u32 passed;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(passed)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return passed;
+}
+
 // Registers of a thread: a warpgroup gives some back, or takes more.
 template <int count>
 FB_DEVICE void registers_decrease() {

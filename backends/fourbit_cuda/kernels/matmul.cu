@@ -21,7 +21,8 @@
 #define WEIGHT_BYTES (OUTPUTS * STEP)  // of a pair of steps
 #define RESULT_BYTES (RESULT_COLUMNS * 128)
 #define NT (COLUMNS / 8)
-#define PART (NT / SPLIT)  // of those, what a block of a cluster finishes
+#define SLICES (SPLIT > 2 ? SPLIT / 2 : 1)
+#define PART (SPLIT > 1 ? NT / SLICES : NT)  // of those, what a block of a cluster finishes for one warpgroup
 
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
@@ -42,17 +43,18 @@ struct Ring {
 
     __device__ __forceinline__ void init() const {
         for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 5), barrier_init(empty + 8 * i, 8);
-        for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(weight_full + 8 * i, 1), barrier_init(weight_empty + 8 * i, 4 * DECODERS);
+        for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(weight_full + 8 * i, 1), barrier_init(weight_empty + 8 * i, DECODERS == 1 ? 4 : 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         async_fence();
     }
 };
 
-// Asks for tiles of x, a step after another. One thread's.
+// Has the copy engine bring tiles of x, or of the packed weight, one after another. One thread's.
 struct Fetcher {
     Work work;
     Tile tile;
     u32 step = 0, end = 0, count = 0;
+    bool more = true;
 
     __device__ __forceinline__ explicit Fetcher(const Problem& p) : work(p) {}
 
@@ -76,33 +78,36 @@ struct Fetcher {
         ++count;
     }
 
-    // The packed weight of a pair of steps.
-    __device__ __forceinline__ void fetch_weight(const Problem& p, const Ring& r, const TensorMap& map) {
-        if (!advance(p, count > 0 ? 2 : 0)) return;
-        const u32 slot = count % WEIGHT_STAGES, full = r.weight_full + 8 * slot, to = r.weight + slot * WEIGHT_BYTES;
-        barrier_wait(r.weight_empty + 8 * slot, count / WEIGHT_STAGES & 1 ^ 1);
-        barrier_expect(full, WEIGHT_BYTES);
-        const u32 inner = (tile.step + step) * STEP;
-        if (TRANSPOSED) copy_tile(to, map, tile.output / 2, tile.weight_row + inner, full);
-        else copy_tile(to, map, inner / 2, tile.weight_row + tile.output, full);
-        ++count;
+    // The packed weight, by pairs of steps: as many as there is room for, at least up to pair `needed`.
+    __device__ __forceinline__ void fetch_weight(const Problem& p, const Ring& r, const TensorMap& map, u32 needed) {
+        while (more) {
+            const u32 slot = count % WEIGHT_STAGES, turn = count / WEIGHT_STAGES & 1 ^ 1;
+            if (count > needed && !barrier_passed(r.weight_empty + 8 * slot, turn)) return;
+            if (!advance(p, count > 0 ? 2 : 0)) {
+                more = false;
+                return;
+            }
+            const u32 full = r.weight_full + 8 * slot, to = r.weight + slot * WEIGHT_BYTES;
+            barrier_wait(r.weight_empty + 8 * slot, turn);
+            barrier_expect(full, WEIGHT_BYTES);
+            const u32 inner = (tile.step + step) * STEP;
+            if (TRANSPOSED) copy_tile(to, map, tile.output / 2, tile.weight_row + inner, full);
+            else copy_tile(to, map, inner / 2, tile.weight_row + tile.output, full);
+            ++count;
+        }
     }
 };
 
-// What decoders do; `group`: which of the DECODERS warpgroups. With two, each has a step of every pair.
+// What decoders do; `group`: which of the DECODERS warpgroups. Several take the steps in turn, one all of a pair.
 FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& map, const float* code_,
                             const ScaleSource& scales, u32 group, u32 thread, u32 k) {
-    constexpr u32 mine = 2 / DECODERS;  // steps of a pair
+    constexpr u32 mine = DECODERS == 1 ? 2 : 1;  // steps of a pair
     const bool first = thread % 32 == 0, fetches = group == 0 && thread == 32;
     float code[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) code[i] = code_[i];
     Fetcher fetcher(p);
-    if (fetches)
-        for (int i = 0; i < WEIGHT_STAGES; ++i) fetcher.fetch_weight(p, r, map);
-    __syncwarp();
-
-    u32 base = 0, pair_count = 0;  // steps of the tiles before; pairs so far
+    u32 base = 0, pair_base = 0;  // steps and pairs of the tiles before
     Work work(p);
     Tile t;
     while (work.next(p, t)) {
@@ -116,26 +121,27 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
                     next[h][b] = scales.ask(place.block(step + h, k) + b, place.there(t, step + h, p.n));
         };
         ask(group);
+        const u32 pairs = (t.steps + 1) / 2;  // of the last of which only a step may be there
 #pragma unroll 1
-        for (u32 step = group; step < (t.steps + 1) / 2 * 2; step += 2, ++pair_count) {
+        for (u32 step = group; step < 2 * pairs; step += mine * DECODERS) {
             float scale[mine][BLOCKS];
 #pragma unroll
             for (u32 h = 0; h < mine; ++h)
 #pragma unroll
                 for (u32 b = 0; b < BLOCKS; ++b) scale[h][b] = scales.get(next[h][b], place.there(t, step + h, p.n));
-            ask(step + 2);
-            const u32 slot = pair_count % WEIGHT_STAGES;
-            barrier_wait(r.weight_full + 8 * slot, pair_count / WEIGHT_STAGES & 1);
+            ask(step + mine * DECODERS);
+            const u32 pair = pair_base + step / 2, slot = pair % WEIGHT_STAGES;
+            if (fetches) fetcher.fetch_weight(p, r, map, pair);
+            __syncwarp();
+            barrier_wait(r.weight_full + 8 * slot, pair / WEIGHT_STAGES & 1);
             u32x4 words[mine][2];
 #pragma unroll
             for (u32 h = 0; h < mine; ++h)
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i)
-                    words[h][i] = shared_load4(r.weight + slot * WEIGHT_BYTES + place.piece(DECODERS == 2 ? group : h, i));
+                    words[h][i] = shared_load4(r.weight + slot * WEIGHT_BYTES + place.piece(DECODERS == 1 ? h : step % 2, i));
             __syncwarp();
             if (first) barrier_arrive(r.weight_empty + 8 * slot);
-            if (fetches) fetcher.fetch_weight(p, r, map);
-            __syncwarp();
 #pragma unroll
             for (u32 h = 0; h < mine; ++h) {
                 if (step + h >= t.steps) break;
@@ -161,14 +167,14 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
                 if (first) barrier_arrive(r.full + 8 * stage);
             }
         }
-        base += t.steps;
+        base += t.steps, pair_base += pairs;
     }
 }
 
-// Writes COUNT blocks of eight rows of x, of which `first` is the first, of a warpgroup's 64 outputs.
+// Writes COUNT blocks of eight rows of x, from block `first` on, of a warpgroup's 64 outputs.
 template <int COUNT>
-FB_DEVICE void write_results(const float (&sums)[COUNT][4], u32 buffer, const Tile& t, u32 first, u32 group, u32 thread,
-                             const u16* bias, u16* y, u32 width) {
+FB_DEVICE void write_results(const float (&sums)[NT][4], const int first, u32 buffer, const Tile& t, u32 group,
+                             u32 thread, const u16* bias, u16* y, u32 width) {
     const u32 lane = thread % 32, warp = thread / 32;
     const u32 output = t.output + group * 64;
     float add[2] = {0.0f, 0.0f};
@@ -192,7 +198,7 @@ FB_DEVICE void write_results(const float (&sums)[COUNT][4], u32 buffer, const Ti
             u32 v[4];
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                const float(&d)[4] = sums[i + j + c / 2];
+                const float(&d)[4] = sums[first + i + j + c / 2];
                 const float low = d[c % 2 * 2] + add[c % 2], high = d[c % 2 * 2 + 1] + add[c % 2];
                 v[c] = DTYPE == FB_BF16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
             }
@@ -200,7 +206,7 @@ FB_DEVICE void write_results(const float (&sums)[COUNT][4], u32 buffer, const Ti
         }
         group_barrier(1 + group);
         for (u32 at = thread; at < at_a_time * 64; at += GROUP) {
-            const u32 row = at / 8, part = at % 8, m = first + i * 8 + row, column = output + part * 8;
+            const u32 row = at / 8, part = at % 8, m = (first + i) * 8 + row, column = output + part * 8;
             if (m >= t.columns) break;
             const u32x4 v = shared_load4(buffer + row * 128 + ((part ^ row & 7) << 4));
             u16* out = y + (u64)(t.x_row + m) * width + column;
@@ -215,6 +221,25 @@ FB_DEVICE void write_results(const float (&sums)[COUNT][4], u32 buffer, const Ti
         }
     }
 }
+
+#if SPLIT > 1
+// d += the other blocks' sums, of which that of block `from` lies at `at` + from * PART * GROUP * 16; whichever block adds
+// them, the result is the same.
+FB_DEVICE void add_others(float (&d)[4], u32 at, u32 rank) {
+    const float own[4] = {d[0], d[1], d[2], d[3]};
+#pragma unroll
+    for (u32 from = 0; from < (SPLIT == 2 ? 1 : SPLIT); ++from) {  // two sums can be added in either order
+        const u32x4 v = shared_load4(at + (SPLIT == 2 ? 1 - rank : from) * (PART * GROUP * 16));
+        const float other[4] = {float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w)};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (SPLIT == 2) d[c] = own[c] + other[c];
+            else d[c] = (from > 0 ? d[c] : 0.0f) + (from == rank ? own[c] : other[c]);
+            asm volatile("" : "+f"(d[c]));  // one after another, as registers allow
+        }
+    }
+}
+#endif
 
 // What the other two warpgroups do.
 FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& map, u32 shared, u32 group, u32 thread,
@@ -260,46 +285,39 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
             for (int c = 0; c < 4; ++c) asm volatile("" : "+f"(sums[i][c])::"memory");
 #if SPLIT > 1
         if (work.shared) {
-            // every block finishes a part of the rows of x: it gets the others' sums of these
-            const u32 rank = p.block % SPLIT, lanes = group * GROUP + thread;
+            // each block finishes a warpgroup's outputs for a slice of the rows of x: it gets the others' sums of these
+            const u32 rank = p.block % SPLIT;
+            const u32 mine = r.ring + thread * 16;
             __syncwarp();
             cluster_barrier();  // nobody needs the ring any more
 #pragma unroll
-            for (int part = 0; part < SPLIT; ++part) {
-                if (part == (int)rank) continue;
-                const u32 there = cluster_address(r.ring, part) + (rank * PART * 256 + lanes) * 16;
+            for (u32 slice = 0; slice < SLICES; ++slice) {
+                const u32 owner = 2 * slice + group;
+                if (owner == rank) continue;
+                const u32 to = cluster_address(mine + rank * (PART * GROUP * 16), owner);
 #pragma unroll
-                for (int i = 0; i < PART; ++i) {
-                    const float(&d)[4] = sums[part * PART + i];
-                    cluster_store4(there + i * 4096, u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])});
+                for (u32 i = 0; i < PART; ++i) {
+                    const float(&d)[4] = sums[slice * PART + i];
+                    cluster_store4(to + i * (GROUP * 16), u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])});
                 }
             }
             __syncwarp();
             cluster_barrier();
+            if (group != rank % 2) continue;
 #pragma unroll
-            for (int part = 0; part < SPLIT; ++part) {
-                if (part != (int)rank) continue;
-                float all[PART][4];
+            for (u32 slice = 0; slice < SLICES; ++slice) {
+                if (slice != rank / 2) continue;
 #pragma unroll
-                for (int i = 0; i < PART; ++i) {
-#pragma unroll
-                    for (int from = 0; from < SPLIT; ++from) {  // in the same order, whoever adds
-                        float d[4] = {sums[part * PART + i][0], sums[part * PART + i][1], sums[part * PART + i][2],
-                                      sums[part * PART + i][3]};
-                        if (from != part) {
-                            const u32x4 v = shared_load4(r.ring + ((from * PART + i) * 256 + lanes) * 16);
-                            d[0] = float_of(v.x), d[1] = float_of(v.y), d[2] = float_of(v.z), d[3] = float_of(v.w);
-                        }
-#pragma unroll
-                        for (int c = 0; c < 4; ++c) all[i][c] = from == 0 ? d[c] : all[i][c] + d[c];
-                    }
+                for (u32 i = 0; i < PART; ++i) {
+                    float(&d)[4] = sums[slice * PART + i];
+                    add_others(d, mine + i * (GROUP * 16), rank);
                 }
-                write_results<PART>(all, buffer, t, part * PART * 8, group, thread, bias, y, p.outputs);
+                write_results<PART>(sums, slice * PART, buffer, t, group, thread, bias, y, p.outputs);
             }
             continue;
         }
 #endif
-        write_results<NT>(sums, buffer, t, 0, group, thread, bias, y, p.outputs);
+        write_results<NT>(sums, 0, buffer, t, group, thread, bias, y, p.outputs);
     }
 }
 
