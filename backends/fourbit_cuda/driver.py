@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fourbit_cuda import compiler, libraries
-from fourbit_cuda.tensor_map import MAP_BYTES, encode_function
 from fourbit_cuda.targets import Target
+from fourbit_cuda.tensor_map import MAP_BYTES, encode_function
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit_gpu.spec import KernelSpec

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fourbit_cuda.tensor_map import tensor_map
@@ -51,15 +53,19 @@ class Block:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread that decodes, and of one that multiplies: what was allocated for all at the launch."""
-        return (104, 200) if self.decoders == 1 else (112, 144)
+        """Of a thread that decodes, and of one that multiplies: together what all have at the launch."""
+        return {1: (88, 208), 2: (112, 144), 3: (80, 120), 4: (80, 80)}[self.decoders]
 
 
 def block(columns: int, split: int) -> Block:
     """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
     if columns == 256:  # 128 sums a thread: no registers for two warpgroups of decoders
         return Block(256, split, 1, 3, 4, 128)
-    return Block(128, split, 2, 5, 4, 128) if columns == 128 else Block(64, split, 2, 6, 6, 64)
+    return Block(128, split, 3, 5, 4, 128) if columns == 128 else Block(64, split, 4, 6, 6, 64)
+
+
+BLOCKS = (*(block(columns, split) for split in (1, 2) for columns in (256, 128, 64)), block(128, 4), block(64, 4))
+"""What plans choose from."""
 
 
 class Memory(NamedTuple):
@@ -99,7 +105,15 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How to launch one product; `text` says in words what was chosen."""
+    """How to launch one product.
+
+    Attributes:
+        spec: the kernel.
+        block: its compile-time choices.
+        grid: blocks.
+        shared_bytes: dynamic shared memory of a block.
+        text: what was chosen, one line.
+    """
 
     spec: KernelSpec
     block: Block
@@ -115,6 +129,7 @@ def fits(props: DeviceProps, shape: Shape) -> bool:
     return (
         props.arch == ARCH
         and shape.dtype != 0
+        and min(shape.m, shape.n, shape.k) > 0
         and shape.k % STEP == 0
         and shape.k % shape.blocksize == 0
         and inner % 8 == 0
@@ -124,12 +139,56 @@ def fits(props: DeviceProps, shape: Shape) -> bool:
     )
 
 
-def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan | None:
-    """The plan for one kind of block; None if it does not fit."""
+def tiles_of(shape: Shape, b: Block) -> int:
+    """Tiles of a product; of experts, whose rows only the device knows, as if all had equally many."""
+    outputs = shape.k if shape.transposed else shape.n
+    across = -(-outputs // OUTPUTS)
+    if not shape.experts:
+        return across * -(-shape.m // b.columns)
+    busy = min(shape.experts, shape.m)
+    return across * busy * -(-shape.m // (busy * b.columns))
+
+
+def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
+    """Estimated microseconds."""
+    inner = shape.n if shape.transposed else shape.k
+    steps, tiles = -(-inner // STEP), tiles_of(shape, b)
+    blocks = min(props.sm_count // b.split * b.split, tiles * b.split)
+    turns, rest = divmod(tiles, blocks)
+    if b.split > 1 and rest * b.split <= blocks:
+        busy = turns * steps + -(-steps // b.split) * (rest > 0)
+    else:
+        busy = (turns + (rest > 0)) * steps
+    step = _STEP_MICROSECONDS[b.columns, b.decoders] + (_SHARED_STEP_MICROSECONDS if b.split > 1 else 0.0)
+    return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS
+
+
+_LAUNCH_MICROSECONDS = 5.0
+_TILE_MICROSECONDS = 2.0
+_STEP_MICROSECONDS = {(256, 1): 0.70, (128, 2): 0.45, (128, 3): 0.40, (64, 2): 0.42, (64, 4): 0.33}
+"""Of a multiprocessor for one step of a tile, as measured on an H100: decoding takes most of it for few columns."""
+_SHARED_STEP_MICROSECONDS = 0.06
+
+
+def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
+    """Kinds of blocks that fit the shape and the device."""
+    if fits(props, shape):
+        inner = shape.n if shape.transposed else shape.k
+        for b in BLOCKS:
+            if Memory.of(shape, b).total <= props.shared_per_block and b.split <= -(-inner // (2 * STEP)):
+                yield b
+
+
+@lru_cache(maxsize=4096)
+def plan_matmul(props: DeviceProps, shape: Shape) -> tuple[Plan, float] | None:
+    """The plan for a shape and its estimated microseconds, or None where matmul.cu cannot run."""
+    best = min(candidates(props, shape), key=lambda b: cost(props, shape, b), default=None)
+    return None if best is None else (make_plan(props, shape, best), cost(props, shape, best))
+
+
+def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan:
+    """The plan for one kind of block."""
     memory = Memory.of(shape, b)
-    outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
-    if memory.total > props.shared_per_block or b.split > -(-inner // (2 * STEP)):
-        return None
     decode, product = b.registers
     spec = KernelSpec.of(
         "matmul.cu",
@@ -153,10 +212,9 @@ def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan | None:
         package="fourbit_cuda",
         arch_specific=True,
     )
-    tiles = -(-outputs // OUTPUTS) * (-(-shape.m // b.columns) + max(shape.experts - 1, 0))
     blocks = props.sm_count // b.split * b.split
-    if not shape.experts:  # of experts only the device knows how many tiles there are
-        blocks = min(blocks, tiles * b.split)
+    if not shape.experts:
+        blocks = min(blocks, tiles_of(shape, b) * b.split)
     text = (
         f"fused decode and wgmma: {blocks} blocks on {props.sm_count} multiprocessors, tiles of {OUTPUTS} outputs x"
         f" {b.columns} rows of x{f', the last shared by clusters of {b.split}' if b.split > 1 else ''}"
@@ -164,19 +222,25 @@ def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan | None:
     return Plan(spec, b, (blocks, 1, 1), memory.total, text)
 
 
-def launch(
-    kernel: Any, plan: Plan, shape: Shape, x: int, packed: int, scales: tuple[int, ...], last: int, out: int
-) -> None:
-    """Launch `plan` for x, packed and out at these addresses, 16-byte aligned.
+@dataclass(frozen=True)
+class Ready:
+    """A plan with its kernel loaded; called with addresses, it launches.
 
-    `scales`: addresses of absmax, code and the three of nested scales; `last`: of bias, or int64 offsets of experts.
+    x, packed and out must be 16-byte aligned; `scales`: absmax, code and the three of nested scales; `last`: bias or 0,
+    for experts their offsets, int64.
     """
-    inner = shape.n if shape.transposed else shape.k
-    rows = max(shape.experts, 1) * shape.n
-    encode = kernel.encode_map
-    maps = (
-        tensor_map(encode, x, 2, inner, shape.m, STEP, plan.block.columns),
-        tensor_map(encode, packed, 1, shape.k // 2, rows, STEP, OUTPUTS),
-    )
-    args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts)
-    kernel.launch(plan.grid, plan.block.threads, plan.shared_bytes, args, not shape.experts, maps)
+
+    kernel: Any
+    plan: Plan
+    shape: Shape
+
+    def __call__(self, x: int, packed: int, scales: tuple[int, ...], last: int, out: int) -> None:
+        kernel, plan, shape = self.kernel, self.plan, self.shape
+        inner = shape.n if shape.transposed else shape.k
+        rows = max(shape.experts, 1) * shape.n
+        maps = (
+            tensor_map(kernel.encode_map, x, 2, inner, shape.m, STEP, plan.block.columns),
+            tensor_map(kernel.encode_map, packed, 1, shape.k // 2, rows, STEP, OUTPUTS),
+        )
+        args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts)
+        kernel.launch(plan.grid, plan.block.threads, plan.shared_bytes, args, not shape.experts, maps)

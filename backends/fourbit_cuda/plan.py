@@ -42,6 +42,7 @@ class Plan:
         range_rows: rows of the weight that a block owns.
         pass_rows: of those, how many it works on at a time.
         arrange: the kernel that lays x out first, if the plan needs one, and the bytes of its result.
+        microseconds: estimated, by a formula fitted to measurements on an H100.
         text: what was chosen and why, one line.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     range_rows: int
     pass_rows: int
     arrange: tuple[KernelSpec, int] | None
+    microseconds: float
     text: str
 
 
@@ -198,13 +200,5 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory,"
         f" ring of {tile.stages} x {tile.kw}"
     )
-    return Plan(spec, (blocks, layers, 1), tile.threads, layout.total, range_rows, pass_rows, arrange, text)
-
-
-FUSED_PASSES = 2
-"""Passes of FUSED_ROWS rows up to which decoding again costs less than writing 16-bit weights to memory."""
-
-
-def use_fused(shape: Shape) -> bool:
-    """Whether so few rows of x are better served by the fused kernel."""
-    return shape.m <= FUSED_ROWS * FUSED_PASSES
+    time = layers * (0.75 * cost(props, shape, tile) + (8.0 if tile.wgmma else 4.0))
+    return Plan(spec, (blocks, layers, 1), tile.threads, layout.total, range_rows, pass_rows, arrange, time, text)
