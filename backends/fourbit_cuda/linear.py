@@ -60,12 +60,12 @@ def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bia
                 arranged = _empty(size, dtype=torch.uint8, device=x.device)
                 first(blocks, ARRANGE_THREADS, 0, (x_at, arranged.data_ptr(), *last), overlapping)
                 x_at = arranged.data_ptr()
-            nested = (0, 0, 0)
+            nested_at = (0, 0, 0)
             if nested_absmax is not None:
                 assert nested_code is not None and nested_offset is not None
-                nested = (nested_absmax.data_ptr(), nested_code.data_ptr(), nested_offset.data_ptr())
+                nested_at = (nested_absmax.data_ptr(), nested_code.data_ptr(), nested_offset.data_ptr())
             args = (
-                *(x_at, packed_at, absmax_at, code.data_ptr(), *nested),
+                *(x_at, packed_at, absmax_at, code.data_ptr(), *nested_at),
                 *(0 if bias is None else bias.data_ptr(), out.data_ptr(), *tail),
             )
             launch(grid, threads, shared, args, overlapping)

@@ -3,23 +3,9 @@
 // A block of the weight has only sixteen values: each thread computes those of its block, as bytes of registers, and
 // takes them out by byte permutations, four at a time.
 #pragma once
-#include "matmul_work.h"
+#include "matmul_ring.h"
 
 #define BLOCKS (BLOCKSIZE == 32 ? 2 : 1)  // of the weight in 64 elements
-
-FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
-    u32 v;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
-    return v;
-}
-
-// (word & 0x44444444) | 0x32103210 in one instruction, which takes only one constant as such.
-FB_DEVICE u32 fourth_bits(u32 word) {
-    u32 v, mask;
-    asm("mov.b32 %0, 0x44444444;" : "=r"(mask));
-    asm("lop3.b32 %0, %1, %2, 0x32103210, 0xea;" : "=r"(v) : "r"(word), "r"(mask));
-    return v;
-}
 
 // The sixteen values times a scale, rounded once: their low bytes, then their high ones.
 struct Values {
@@ -47,7 +33,7 @@ struct Values {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             choice[2 * i] = words[i] & 0x77777777u, choice[2 * i + 1] = choice[2 * i] >> 16;
-            half[2 * i] = fourth_bits(words[i] >> 1), half[2 * i + 1] = half[2 * i] >> 16;
+            half[2 * i] = and_or<0x44444444u, 0x32103210u>(words[i] >> 1), half[2 * i + 1] = half[2 * i] >> 16;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

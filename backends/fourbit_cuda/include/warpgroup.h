@@ -17,6 +17,11 @@ FB_DEVICE void copy_tile(u32 to, const TensorMap& map, u32 column, u32 row, u32 
 FB_DEVICE void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+// After all barrier_init, for other threads and the copy engine.
+FB_DEVICE void barriers_made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    async_fence();
+}
 // One arrival, and so many bytes that the phase waits for.
 FB_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -102,6 +107,10 @@ FB_DEVICE void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
+// Where the value is, and not before, it has been computed: products write their sums behind the compiler's back, and
+// results follow one another as registers allow.
+FB_DEVICE void settle(float& v) { asm volatile("" : "+f"(v)::"memory"); }
+
 // Four matrices of 8 x 8 16-bit values, transposed: lane 8 i + j gives the address of matrix i's column j as a row.
 FB_DEVICE void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
@@ -111,6 +120,20 @@ FB_DEVICE void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
 
 FB_DEVICE void shared_store4(u32 p, u32x4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
+    u32 v;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
+    return v;
+}
+// (v & mask) | bits in one instruction, which takes only one constant as such: the compiler does not get to see `mask`.
+template <u32 mask, u32 bits>
+FB_DEVICE u32 and_or(u32 v) {
+    u32 result, hidden;
+    asm("mov.b32 %0, %1;" : "=r"(hidden) : "n"(mask));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(v), "r"(hidden), "n"(bits));
+    return result;
 }
 
 // Where `p` of this block is in the cluster's block `rank`, and a store there.

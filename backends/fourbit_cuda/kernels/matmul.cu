@@ -12,17 +12,7 @@
 // time), and those of `Memory` in matmul.py: *_AT.
 #define A_TRANSPOSED TRANSPOSED
 #include "matmul_decode.h"
-
-#define GROUP 128  // threads of a warpgroup
-#define THREADS (GROUP * (2 + DECODERS))
-#define X_BYTES (COLUMNS * STEP * 2)
-#define A_BYTES (OUTPUTS * STEP * 2)
-#define STAGE_BYTES (X_BYTES + A_BYTES)
-#define WEIGHT_BYTES (OUTPUTS * STEP)  // of a pair of steps
-#define RESULT_BYTES (RESULT_COLUMNS * 128)
-#define NT (COLUMNS / 8)
-#define SLICES (SPLIT > 2 ? SPLIT / 2 : 1)
-#define PART (SPLIT > 1 ? NT / SLICES : NT)  // of those, what a block of a cluster finishes for one warpgroup
+#include "matmul_results.h"
 
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
@@ -30,75 +20,7 @@
 #define CLUSTER
 #endif
 
-struct Ring {
-    u32 ring, full, empty, weight, weight_full, weight_empty;
-
-    __device__ __forceinline__ explicit Ring(u32 shared)
-        : ring(shared),
-          full(shared + BARRIERS_AT),
-          empty(full + 8 * STAGES),
-          weight(shared + WEIGHT_AT),
-          weight_full(empty + 8 * STAGES),
-          weight_empty(weight_full + 8 * WEIGHT_STAGES) {}
-
-    __device__ __forceinline__ void init() const {
-        for (int i = 0; i < STAGES; ++i) barrier_init(full + 8 * i, 5), barrier_init(empty + 8 * i, 8);
-        for (int i = 0; i < WEIGHT_STAGES; ++i) barrier_init(weight_full + 8 * i, 1), barrier_init(weight_empty + 8 * i, DECODERS == 1 ? 4 : 8);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        async_fence();
-    }
-};
-
-// Has the copy engine bring tiles of x, or of the packed weight, one after another. One thread's.
-struct Fetcher {
-    Work work;
-    Tile tile;
-    u32 step = 0, end = 0, count = 0;
-    bool more = true;
-
-    __device__ __forceinline__ explicit Fetcher(const Problem& p) : work(p) {}
-
-    // Whether there is one more, after `by` steps.
-    __device__ __forceinline__ bool advance(const Problem& p, u32 by) {
-        step += by;
-        if (step < end) return true;
-        step = end = 0;
-        if (!work.next(p, tile)) return false;
-        end = tile.steps;
-        return true;
-    }
-
-    // The place must have been given back by all.
-    __device__ __forceinline__ void fetch_x(const Problem& p, const Ring& r, const TensorMap& map) {
-        if (!advance(p, count > 0)) return;
-        const u32 slot = count % STAGES, full = r.full + 8 * slot;
-        barrier_wait(r.empty + 8 * slot, count / STAGES & 1 ^ 1);
-        barrier_expect(full, X_BYTES);
-        copy_tile(r.ring + slot * STAGE_BYTES, map, (tile.step + step) * STEP, tile.x_row, full);
-        ++count;
-    }
-
-    // The packed weight, by pairs of steps: as many as there is room for, at least up to pair `needed`.
-    __device__ __forceinline__ void fetch_weight(const Problem& p, const Ring& r, const TensorMap& map, u32 needed) {
-        while (more) {
-            const u32 slot = count % WEIGHT_STAGES, turn = count / WEIGHT_STAGES & 1 ^ 1;
-            if (count > needed && !barrier_passed(r.weight_empty + 8 * slot, turn)) return;
-            if (!advance(p, count > 0 ? 2 : 0)) {
-                more = false;
-                return;
-            }
-            const u32 full = r.weight_full + 8 * slot, to = r.weight + slot * WEIGHT_BYTES;
-            barrier_wait(r.weight_empty + 8 * slot, turn);
-            barrier_expect(full, WEIGHT_BYTES);
-            const u32 inner = (tile.step + step) * STEP;
-            if (TRANSPOSED) copy_tile(to, map, tile.output / 2, tile.weight_row + inner, full);
-            else copy_tile(to, map, inner / 2, tile.weight_row + tile.output, full);
-            ++count;
-        }
-    }
-};
-
-// What decoders do; `group`: which of the DECODERS warpgroups. Several take the steps in turn, one all of a pair.
+// What decoders do; `group`: which of the DECODERS warpgroups. Several take the steps in turn, one both of a pair.
 FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& map, const float* code_,
                             const ScaleSource& scales, u32 group, u32 thread, u32 k) {
     constexpr u32 mine = DECODERS == 1 ? 2 : 1;  // steps of a pair
@@ -108,6 +30,21 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
     for (int i = 0; i < 16; ++i) code[i] = code_[i];
     Fetcher fetcher(p);
     u32 base = 0, pair_base = 0;  // steps and pairs of the tiles before
+    u32 passed = 0;               // pairs that the group is done with
+    auto pass = [&] {
+        __syncwarp();
+        if (first) barrier_arrive(r.weight_empty + 8 * (passed % WEIGHT_STAGES));
+        ++passed;
+    };
+    // Every group takes part in every pair, and its turn comes at equal distances of less than STAGES steps, from tile to
+    // tile too: or a barrier's phases could pass it by unseen.
+    auto wait_for = [&](u32 pair) {
+        while (true) {
+            barrier_wait(r.weight_full + 8 * (passed % WEIGHT_STAGES), passed / WEIGHT_STAGES & 1);
+            if (DECODERS == 1 || passed == pair) return;
+            pass();
+        }
+    };
     Work work(p);
     Tile t;
     while (work.next(p, t)) {
@@ -120,28 +57,28 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
                 for (u32 b = 0; b < BLOCKS; ++b)
                     next[h][b] = scales.ask(place.block(step + h, k) + b, place.there(t, step + h, p.n));
         };
-        ask(group);
-        const u32 pairs = (t.steps + 1) / 2;  // of the last of which only a step may be there
+        const u32 start = (group + DECODERS - base % DECODERS) % DECODERS;
+        ask(start);
 #pragma unroll 1
-        for (u32 step = group; step < 2 * pairs; step += mine * DECODERS) {
+        for (u32 step = start; step < t.steps; step += mine * DECODERS) {
             float scale[mine][BLOCKS];
 #pragma unroll
             for (u32 h = 0; h < mine; ++h)
 #pragma unroll
                 for (u32 b = 0; b < BLOCKS; ++b) scale[h][b] = scales.get(next[h][b], place.there(t, step + h, p.n));
             ask(step + mine * DECODERS);
-            const u32 pair = pair_base + step / 2, slot = pair % WEIGHT_STAGES;
+            const u32 pair = pair_base + step / 2;
             if (fetches) fetcher.fetch_weight(p, r, map, pair);
             __syncwarp();
-            barrier_wait(r.weight_full + 8 * slot, pair / WEIGHT_STAGES & 1);
+            wait_for(pair);
+            const u32 from = r.weight + pair % WEIGHT_STAGES * WEIGHT_BYTES;
             u32x4 words[mine][2];
 #pragma unroll
             for (u32 h = 0; h < mine; ++h)
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i)
-                    words[h][i] = shared_load4(r.weight + slot * WEIGHT_BYTES + place.piece(DECODERS == 1 ? h : step % 2, i));
-            __syncwarp();
-            if (first) barrier_arrive(r.weight_empty + 8 * slot);
+                    words[h][i] = shared_load4(from + place.piece(DECODERS == 1 ? h : step % 2, i));
+            pass();
 #pragma unroll
             for (u32 h = 0; h < mine; ++h) {
                 if (step + h >= t.steps) break;
@@ -167,79 +104,14 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
                 if (first) barrier_arrive(r.full + 8 * stage);
             }
         }
-        base += t.steps, pair_base += pairs;
-    }
-}
-
-// Writes COUNT blocks of eight rows of x, from block `first` on, of a warpgroup's 64 outputs.
-template <int COUNT>
-FB_DEVICE void write_results(const float (&sums)[NT][4], const int first, u32 buffer, const Tile& t, u32 group,
-                             u32 thread, const u16* bias, u16* y, u32 width) {
-    const u32 lane = thread % 32, warp = thread / 32;
-    const u32 output = t.output + group * 64;
-    float add[2] = {0.0f, 0.0f};
-    if (!GROUPED && bias) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32 at = output + warp * 16 + lane / 4 + 8 * i;
-            const u32 bits = at < width ? bias[at] : 0;
-            add[i] = DTYPE == FB_BF16 ? bf16_to_float(bits) : f16_to_float(bits);
-        }
-    }
-    constexpr int at_a_time = COUNT < RESULT_COLUMNS / 8 ? COUNT : RESULT_COLUMNS / 8;
-    const u32 place = lane % 8 + lane / 16 * 8, piece = 2 * warp + (lane >> 3 & 1);
-    const u32 to = buffer + place * 128 + ((piece ^ lane & 7) << 4);
-    const bool whole = width % 8 == 0;
-#pragma unroll
-    for (int i = 0; i < COUNT; i += at_a_time) {
-        group_barrier(1 + group);  // the buffer may still be read from
-#pragma unroll
-        for (int j = 0; j < at_a_time; j += 2) {
-            u32 v[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const float(&d)[4] = sums[first + i + j + c / 2];
-                const float low = d[c % 2 * 2] + add[c % 2], high = d[c % 2 * 2 + 1] + add[c % 2];
-                v[c] = DTYPE == FB_BF16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
-            }
-            store_transposed(to + j * 1024, v[0], v[1], v[2], v[3]);
-        }
-        group_barrier(1 + group);
-        for (u32 at = thread; at < at_a_time * 64; at += GROUP) {
-            const u32 row = at / 8, part = at % 8, m = (first + i) * 8 + row, column = output + part * 8;
-            if (m >= t.columns) break;
-            const u32x4 v = shared_load4(buffer + row * 128 + ((part ^ row & 7) << 4));
-            u16* out = y + (u64)(t.x_row + m) * width + column;
-            if (whole) {
-                if (column < width) *(u32x4*)out = v;
-            } else {
-                const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 8; ++e)
-                    if (column + e < width) out[e] = (u16)(words[e / 2] >> 16 * (e % 2));
-            }
+        base += t.steps, pair_base += (t.steps + 1) / 2;
+        if (DECODERS > 1) {
+            if (fetches) fetcher.fetch_weight(p, r, map, pair_base - 1);
+            __syncwarp();
+            if (passed < pair_base) wait_for(pair_base - 1), pass();
         }
     }
 }
-
-#if SPLIT > 1
-// d += the other blocks' sums, of which that of block `from` lies at `at` + from * PART * GROUP * 16; whichever block adds
-// them, the result is the same.
-FB_DEVICE void add_others(float (&d)[4], u32 at, u32 rank) {
-    const float own[4] = {d[0], d[1], d[2], d[3]};
-#pragma unroll
-    for (u32 from = 0; from < (SPLIT == 2 ? 1 : SPLIT); ++from) {  // two sums can be added in either order
-        const u32x4 v = shared_load4(at + (SPLIT == 2 ? 1 - rank : from) * (PART * GROUP * 16));
-        const float other[4] = {float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w)};
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            if (SPLIT == 2) d[c] = own[c] + other[c];
-            else d[c] = (from > 0 ? d[c] : 0.0f) + (from == rank ? own[c] : other[c]);
-            asm volatile("" : "+f"(d[c]));  // one after another, as registers allow
-        }
-    }
-}
-#endif
 
 // What the other two warpgroups do.
 FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& map, u32 shared, u32 group, u32 thread,
@@ -282,7 +154,7 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
 #pragma unroll
         for (int i = 0; i < NT; ++i)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) asm volatile("" : "+f"(sums[i][c])::"memory");
+            for (int c = 0; c < 4; ++c) settle(sums[i][c]);
 #if SPLIT > 1
         if (work.shared) {
             // each block finishes a warpgroup's outputs for a slice of the rows of x: it gets the others' sums of these

@@ -1,0 +1,73 @@
+// Results on their way out: the sums of blocks that share a tile, one rounding, and rows of y through shared memory.
+#pragma once
+#include "matmul_ring.h"
+
+// Writes COUNT blocks of eight rows of x, from block `first` on, of a warpgroup's 64 outputs.
+template <int COUNT>
+FB_DEVICE void write_results(const float (&sums)[NT][4], const int first, u32 buffer, const Tile& t, u32 group,
+                             u32 thread, const u16* bias, u16* y, u32 width) {
+    const u32 lane = thread % 32, warp = thread / 32;
+    const u32 output = t.output + group * 64;
+    float add[2] = {0.0f, 0.0f};
+    if (!GROUPED && bias) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 at = output + warp * 16 + lane / 4 + 8 * i;
+            const u32 bits = at < width ? bias[at] : 0;
+            add[i] = DTYPE == FB_BF16 ? bf16_to_float(bits) : f16_to_float(bits);
+        }
+    }
+    constexpr int at_a_time = COUNT < RESULT_COLUMNS / 8 ? COUNT : RESULT_COLUMNS / 8;
+    const u32 place = lane % 8 + lane / 16 * 8, piece = 2 * warp + (lane >> 3 & 1);
+    const u32 to = buffer + place * 128 + ((piece ^ lane & 7) << 4);
+    const bool whole = width % 8 == 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += at_a_time) {
+        group_barrier(1 + group);  // the buffer may still be read from
+#pragma unroll
+        for (int j = 0; j < at_a_time; j += 2) {
+            u32 v[4];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const float(&d)[4] = sums[first + i + j + c / 2];
+                const float low = d[c % 2 * 2] + add[c % 2], high = d[c % 2 * 2 + 1] + add[c % 2];
+                v[c] = DTYPE == FB_BF16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
+            }
+            store_transposed(to + j * 1024, v[0], v[1], v[2], v[3]);
+        }
+        group_barrier(1 + group);
+        for (u32 at = thread; at < at_a_time * 64; at += GROUP) {
+            const u32 row = at / 8, part = at % 8, m = (first + i) * 8 + row, column = output + part * 8;
+            if (m >= t.columns) break;
+            const u32x4 v = shared_load4(buffer + row * 128 + ((part ^ row & 7) << 4));
+            u16* out = y + (u64)(t.x_row + m) * width + column;
+            if (whole) {
+                if (column < width) *(u32x4*)out = v;
+            } else {
+                const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                    if (column + e < width) out[e] = (u16)(words[e / 2] >> 16 * (e % 2));
+            }
+        }
+    }
+}
+
+#if SPLIT > 1
+// d += the other blocks' sums, of which that of block `from` lies at `at` + from * PART * GROUP * 16; whichever block adds
+// them, the result is the same.
+FB_DEVICE void add_others(float (&d)[4], u32 at, u32 rank) {
+    const float own[4] = {d[0], d[1], d[2], d[3]};
+#pragma unroll
+    for (u32 from = 0; from < (SPLIT == 2 ? 1 : SPLIT); ++from) {  // two sums can be added in either order
+        const u32x4 v = shared_load4(at + (SPLIT == 2 ? 1 - rank : from) * (PART * GROUP * 16));
+        const float other[4] = {float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w)};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            if (SPLIT == 2) d[c] = own[c] + other[c];
+            else d[c] = (from > 0 ? d[c] : 0.0f) + (from == rank ? own[c] : other[c]);
+            settle(d[c]);
+        }
+    }
+}
+#endif

@@ -1,0 +1,194 @@
+"""matmul.cu itself, compiled for the CPU with a stand-in for the instructions of sm_90a: results of every kind of block."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fourbit
+import fourbit_cuda
+from fourbit_cuda import matmul
+from fourbit_cuda.tile import Shape
+from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.elementwise import DTYPE_CODES
+from tests.support import skip_or_fail
+
+EMULATOR = Path(__file__).parent / "emulator"
+CUDA = Path(fourbit_cuda.__file__).parent
+HEADERS = ("matmul_work.h", "matmul_ring.h", "matmul_decode.h", "matmul_results.h")
+
+if shutil.which("g++") is None:
+    skip_or_fail("g++ is not there")
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """From defines to the library, compiled once."""
+    folder = tmp_path_factory.mktemp("emulator")
+    for source in (CUDA / "kernels" / "matmul.cu", *(CUDA / "include" / name for name in HEADERS), *EMULATOR.iterdir()):
+        if source.is_file():
+            shutil.copy(source, folder)
+    built: dict[tuple, ctypes.CDLL] = {}
+
+    def made(defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
+        if defines not in built:
+            library = folder / f"matmul{len(built)}.so"
+            flags = ("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-ffp-contract=off")
+            given = (f"-D{name}={value}" for name, value in defines)
+            subprocess.run(["g++", *flags, *given, "run.cpp", "-o", library], cwd=folder, check=True)
+            built[defines] = ctypes.CDLL(str(library))
+        return built[defines]
+
+    return made
+
+
+class EmulatedKernel:
+    """A kernel that `matmul.Ready` can launch."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    @staticmethod
+    def encode_map(at, datatype, rank, address, dims, strides, box, steps, interleave, swizzle, promotion, fill) -> int:
+        """As cuTensorMapEncodeTiled, but what the emulator reads; checks what the driver would."""
+        columns, rows = (ctypes.c_uint64 * 2).from_address(dims)
+        (stride,) = (ctypes.c_uint64 * 1).from_address(strides)
+        tile_columns, tile_rows = (ctypes.c_uint32 * 2).from_address(box)
+        itemsize = {0: 1, 1: 2}[datatype]
+        assert (rank, interleave, promotion, fill) == (2, 0, 2, 0)
+        assert tuple((ctypes.c_uint32 * 2).from_address(steps)) == (1, 1)
+        assert at % 64 == 0 and address % 16 == 0 and stride % 16 == 0 and stride == columns * itemsize
+        assert 1 <= tile_columns <= 256 and 1 <= tile_rows <= 256
+        assert swizzle == {64: 2, 128: 3}[tile_columns * itemsize]
+        packed = struct.pack("6Q", address, itemsize, columns, rows, tile_columns, tile_rows)
+        ctypes.memmove(at, packed.ljust(128, b"\0"), 128)
+        return 0
+
+    def launch(self, grid, threads, shared_bytes, args, overlapping, maps) -> None:
+        """As CudaKernel.launch."""
+        both = ctypes.create_string_buffer(b"".join(each[:48] for each in maps), 96)
+        addresses = (ctypes.c_void_p * 7)(*args[:7])
+        sizes = (ctypes.c_int64 * 4)(*args[7:])
+        assert grid[1:] == (1, 1)
+        self.library.run(both, addresses, sizes, grid[0], shared_bytes)
+
+
+def props(sms: int) -> DeviceProps:
+    return DeviceProps(0, "emulated", 90, sms, 50 << 20, 227 << 10, 32, 3350.0)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same at a 16-byte aligned address."""
+    spare = torch.empty(tensor.numel() + 32, dtype=tensor.dtype)
+    skip = -spare.data_ptr() % 64 // tensor.element_size()
+    return spare[skip : skip + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def product(build, shape: Shape, kind: matmul.Block, sms: int, quant_type: str = "nf4", bias: bool = False, ends=None):
+    """`(y, y of float64)` of random x and weight."""
+    generator = torch.Generator().manual_seed(shape.n + shape.k + shape.m)
+    dtype = next(each for each, code in DTYPE_CODES.items() if code == shape.dtype)
+    size = (*((shape.experts,) if shape.experts else ()), shape.n, shape.k)
+    w = torch.randn(size, generator=generator)
+    packed, state = fourbit.quantize_4bit(
+        w, blocksize=shape.blocksize, double_quant=shape.nested, quant_type=quant_type
+    )
+    dense = fourbit.dequantize_4bit(packed, state, dtype).double().view(-1, shape.n, shape.k)
+    outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
+    x = aligned(torch.randn(shape.m, inner, generator=generator).to(dtype))
+    out = aligned(torch.full((shape.m, outputs), float("nan"), dtype=dtype))
+    packed = aligned(packed.view(-1))
+    added = aligned(torch.randn(outputs, generator=generator).to(dtype))
+    offsets = aligned(torch.tensor(ends or [0]))
+    plan = matmul.make_plan(props(sms), shape, kind)
+    ready = matmul.Ready(EmulatedKernel(build(plan.spec.defines)), plan, shape)
+    nested = [state.nested_absmax, state.nested_code, state.nested_offset] if shape.nested else []
+    scales = [each.data_ptr() for each in (state.absmax, state.code, *nested)] + [0] * (3 - len(nested))
+    last = offsets.data_ptr() if shape.experts else added.data_ptr() if bias else 0
+    ready(x.data_ptr(), packed.data_ptr(), tuple(scales), last, out.data_ptr())
+    if not shape.experts:
+        expected = x.double() @ (dense[0] if shape.transposed else dense[0].T)
+        return out, expected + added.double() if bias else expected
+    expected = torch.full((shape.m, outputs), float("nan"), dtype=torch.float64)
+    first = 0
+    for expert, end in enumerate(ends):
+        if end > first:
+            expected[first:end] = x[first:end].double() @ (dense[expert] if shape.transposed else dense[expert].T)
+        first = max(first, end)
+    return out, expected
+
+
+def check(y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Sums of float32, rounded once; elements that nobody computes are left alone."""
+    left = expected.isnan()
+    assert torch.equal(y.isnan(), left)
+    rounding = torch.finfo(y.dtype).eps / 2
+    y, expected = y[~left].double(), expected[~left]
+    assert ((y - expected).abs() <= 1.01 * rounding * expected.abs() + 1e-5 * expected.abs().max()).all()
+
+
+SHAPE = Shape(70, 200, 320, 1, 64, False)  # ragged in all directions; an odd number of steps
+SMALL = matmul.block(64, 1)
+directions = pytest.mark.parametrize("transposed", (False, True), ids=("product", "gradient"))
+
+
+@directions
+@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}")
+def test_every_kind_of_block(build, kind, transposed):
+    """Two tiles of x, the second nearly empty, and more tiles than blocks, some of them shared."""
+    shape = replace(SHAPE, k=576, n=520, transposed=transposed, m=kind.columns + 9)
+    check(*product(build, shape, kind, sms=8))
+
+
+@directions
+@pytest.mark.parametrize("dtype", (1, 2), ids=("bf16", "fp16"))
+@pytest.mark.parametrize(
+    "blocksize, nested", ((32, False), (64, True), (32, True), (128, False)), ids=("32", "64-double", "32-double", "128")
+)
+def test_every_form_of_scales(build, blocksize, nested, dtype, transposed):
+    shape = replace(SHAPE, k=384, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)
+    check(*product(build, shape, SMALL, sms=3, quant_type="fp4" if blocksize == 128 else "nf4"))
+
+
+@pytest.mark.parametrize("n", (1, 129, 200), ids=str)
+@pytest.mark.parametrize("m", (1, 64, 65), ids=str)
+def test_bias_and_odd_sizes(build, m, n):
+    check(*product(build, replace(SHAPE, m=m, n=n), SMALL, sms=2, bias=True))
+
+
+@pytest.mark.parametrize("k", (64, 128, 192, 448), ids=str)
+def test_few_steps(build, k):
+    """Fewer than there are groups of decoders, several tiles a block."""
+    check(*product(build, replace(SHAPE, k=k, n=384), SMALL, sms=2))
+    check(*product(build, replace(SHAPE, n=k, k=384, transposed=True), SMALL, sms=2))
+
+
+@directions
+@pytest.mark.parametrize(
+    "ends",
+    ([0, 70, 70, 100], [3, 2, 90, 90], [130, 130, 130, 130], [0, 0, 0, 0], [5, 10, 15, 300]),
+    ids=("some empty", "falling", "one", "none", "past the end"),
+)
+def test_experts(build, ends, transposed):
+    """Rows of x past the last expert's are not touched; ends are what a router may give."""
+    shape = replace(SHAPE, m=130, experts=4, transposed=transposed)
+    check(*product(build, shape, SMALL, sms=5, ends=[min(end, 130) for end in ends] if max(ends) > 130 else ends))
+
+
+@pytest.mark.long
+@directions
+@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}")
+@pytest.mark.parametrize("nested", (False, True), ids=("plain", "double"))
+def test_many_experts(build, kind, nested, transposed):
+    """More than one warp plans at a time; an expert of each size there is."""
+    sizes = [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, *([1] * 30)]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    shape = replace(SHAPE, m=ends[-1] + 3, n=136, k=128, nested=nested, experts=len(sizes), transposed=transposed)
+    check(*product(build, shape, kind, sms=6, ends=ends))
