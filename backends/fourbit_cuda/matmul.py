@@ -175,6 +175,8 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
     if fits(props, shape):
         inner = shape.n if shape.transposed else shape.k
         for b in BLOCKS:
+            if shape.experts and b.split > 2:  # they have tiles enough
+                continue
             if Memory.of(shape, b).total <= props.shared_per_block and b.split <= -(-inner // (2 * STEP)):
                 yield b
 

@@ -64,10 +64,7 @@ def describe(props: DeviceProps, shape: Shape) -> str:
     def way(rows: int) -> tuple[str, str]:
         chosen = route(props, replace(shape, m=rows))
         if chosen is None:
-            return (
-                "",
-                "expert by expert" if shape.experts else "the weight decoded piece by piece, torch's matmul on each",
-            )
+            return "", "expert by expert" if shape.experts else _PIECES
         return type(chosen).__module__, chosen.text
 
     parts = []
@@ -79,10 +76,8 @@ def describe(props: DeviceProps, shape: Shape) -> str:
         if rows is not None:  # where between two marks it changes
             low = max((mark for mark in _MARKS if mark < rows), default=1)
             end = bisect_right(range(low, rows), False, key=lambda m: way(m)[0] != way(first)[0]) + low
-        where = (
-            f"from {first} row{'s' if first > 1 else ''} of x on" if end is None else f"{first} to {end - 1} rows of x"
-        )
-        parts.append(f"{where}: {way(first)[1]}")
+        where = f"from {first} on" if end is None else f"{first} to {end - 1}"
+        parts.append(f"{where} rows of x: {way(first)[1]}")
         first = end or first
     return "; ".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 import fourbit_gpu
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES
-from fourbit_cuda import libraries, plan, targets
+from fourbit_cuda import libraries, matmul, plan, route, targets
 from fourbit_cuda.tile import Shape
 from fourbit_gpu import elementwise
 from fourbit_gpu.compilation import CompileError
@@ -72,6 +73,24 @@ def linear_specs(arch: int) -> list[KernelSpec]:
     return list(found)
 
 
+def matmul_specs(arch: int) -> list[KernelSpec]:
+    """What the routes of many rows choose on such a GPU, and every kind of block; the forms of scales in turn."""
+    found: dict[KernelSpec, None] = {}
+    forms = itertools.cycle(
+        itertools.product((1, 2), ((64, False), (64, True), (32, True), (256, False)), BOOLS, (0, 8))
+    )
+    kinds = [None, *matmul.BLOCKS] * 4
+    for kind, (dtype, (blocksize, nested), transposed, experts) in zip(kinds, forms, strict=False):
+        shape = Shape(600, 4096, 4096, dtype, blocksize, nested, experts, transposed)
+        if kind is None:
+            chosen = route.route(props_of(arch), shape)
+        else:
+            chosen = matmul.make_plan(props_of(arch), shape, kind) if matmul.fits(props_of(arch), shape) else None
+        if isinstance(chosen, matmul.Plan):
+            found[chosen.spec] = None
+    return list(found)
+
+
 @cache
 def build(spec: KernelSpec, arch: int) -> cubin.Usage:
     """Compile, without the cache on disk, and read the result; one compilation for both kernels of a source."""
@@ -115,6 +134,15 @@ def check_linear(spec: KernelSpec, arch: int) -> None:
     assert found.shared_bytes - RESERVED <= STATIC_SHARED <= props_of(arch).shared_per_block
 
 
+def check_matmul(spec: KernelSpec, arch: int) -> None:
+    """Registers for all threads of a block; what is spilled is what only the change from tile to tile needs."""
+    found = build(spec, arch)
+    threads = 128 * (2 + int(dict(spec.defines)["DECODERS"]))
+    assert found.registers * threads <= 65536, f"{spec.label()} on sm_{arch}: {found}"
+    assert found.frame_bytes <= 256, f"{spec.label()} on sm_{arch} spills: {found}"
+    assert found.shared_bytes <= RESERVED
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -134,18 +162,29 @@ def test_linear_kernels(arch):
         check_linear(spec, arch)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_matmul_kernels(arch):
+    specs = matmul_specs(arch)
+    assert bool(specs) == (arch == matmul.ARCH)
+    for spec in specs:
+        check_matmul(spec, arch)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_one_kernel_of_each_kind(arch):
     """The short form of the two above: a product, and one of the other sources in turn."""
     for spec in linear_specs(arch)[:1]:
         check_linear(spec, arch)
+    for spec in matmul_specs(arch)[:1]:
+        check_matmul(spec, arch)
     source = SOURCES[ARCHS.index(arch) % len(SOURCES)]
     check_elementwise(next(spec for spec in elementwise_specs() if spec.source == source), arch)
 
 
 def test_every_source_is_compiled_here():
     """But for rocm's own, which tests/rocm compiles."""
-    compiled = {(spec.package, spec.source) for spec in (*elementwise_specs(), *linear_specs(90))}
+    compiled = {(spec.package, spec.source) for spec in (*elementwise_specs(), *linear_specs(90), *matmul_specs(90))}
     found = {(folder, path.name) for folder in PACKAGES for path in (BACKENDS / folder).glob("kernels/*.cu")}
     assert found == compiled
 

@@ -1,4 +1,4 @@
-"""matmul.cu itself, compiled for the CPU with a stand-in for the instructions of sm_90a: results of every kind of block."""
+"""matmul.cu itself, compiled for the CPU with a stand-in for sm_90a's instructions: results of every kind of block."""
 
 from __future__ import annotations
 
@@ -150,7 +150,9 @@ def test_every_kind_of_block(build, kind, transposed):
 @directions
 @pytest.mark.parametrize("dtype", (1, 2), ids=("bf16", "fp16"))
 @pytest.mark.parametrize(
-    "blocksize, nested", ((32, False), (64, True), (32, True), (128, False)), ids=("32", "64-double", "32-double", "128")
+    "blocksize, nested",
+    ((32, False), (64, True), (32, True), (128, False)),
+    ids=("32", "64-double", "32-double", "128"),
 )
 def test_every_form_of_scales(build, blocksize, nested, dtype, transposed):
     shape = replace(SHAPE, k=384, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)

@@ -224,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
     p.count_tiles();
 
     if (role >= 2) {
-        registers_decrease<DECODER_REGISTERS>();
+        if (DECODERS < 4) registers_decrease<DECODER_REGISTERS>();  // with four all have what they need
         const ScaleSource scales = {absmax, nested_absmax, shared + CODES_AT, NESTED ? *nested_offset : 0.0f};
         decode_tiles(p, ring, w_map, code, scales, role - 2, thread % GROUP, (u32)k);
 #if SPLIT > 1
@@ -232,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
         if (p.whole + p.block / SPLIT < p.tiles) cluster_barrier(), cluster_barrier();
 #endif
     } else {
-        registers_increase<PRODUCT_REGISTERS>();
+        if (DECODERS < 4) registers_increase<PRODUCT_REGISTERS>();
         multiply_tiles(p, ring, x_map, shared, role, thread % GROUP, GROUPED ? 0 : (const u16*)last, y);
     }
 }
