@@ -131,6 +131,8 @@ def check(y: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(y.isnan(), left)
     rounding = torch.finfo(y.dtype).eps / 2
     y, expected = y[~left].double(), expected[~left]
+    if not y.numel():
+        return
     assert ((y - expected).abs() <= 1.01 * rounding * expected.abs() + 1e-5 * expected.abs().max()).all()
 
 
@@ -186,11 +188,11 @@ def test_experts(build, ends, transposed):
 
 @pytest.mark.long
 @directions
-@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}")
+@pytest.mark.parametrize("kind", [b for b in matmul.BLOCKS if b.split < 4], ids=lambda b: f"{b.columns}-{b.split}")
 @pytest.mark.parametrize("nested", (False, True), ids=("plain", "double"))
 def test_many_experts(build, kind, nested, transposed):
     """More than one warp plans at a time; an expert of each size there is."""
     sizes = [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, *([1] * 30)]
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    shape = replace(SHAPE, m=ends[-1] + 3, n=136, k=128, nested=nested, experts=len(sizes), transposed=transposed)
+    shape = replace(SHAPE, m=ends[-1] + 3, n=136, k=192, nested=nested, experts=len(sizes), transposed=transposed)
     check(*product(build, shape, kind, sms=6, ends=ends))
