@@ -31,7 +31,7 @@ class Block:
     """Compile-time choices of matmul.cu.
 
     Attributes:
-        columns: rows of x in a tile: 64, 128 or 256.
+        columns: rows of x in a tile: 32, 64, 128 or 256.
         split: blocks of a cluster, which share the last tiles.
         decoders: warpgroups that decode.
         stages: tiles of x and of the decoded weight on their way.
@@ -61,10 +61,14 @@ def block(columns: int, split: int) -> Block:
     """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
     if columns == 256:  # 128 sums a thread: no registers for two warpgroups of decoders
         return Block(256, split, 1, 3, 4, 128)
-    return Block(128, split, 3, 5, 4, 128) if columns == 128 else Block(64, split, 4, 6, 6, 64)
+    if columns == 128:
+        return Block(128, split, 3, 5, 4, 128)
+    return Block(columns, split, 4, 6, 6, columns)
 
 
-BLOCKS = (*(block(columns, split) for split in (1, 2) for columns in (256, 128, 64)), block(128, 4), block(64, 4))
+BLOCKS = tuple(
+    block(c, split) for c, most in ((256, 2), (128, 4), (64, 4), (32, 4)) for split in (1, 2, 4) if split <= most
+)
 """What plans choose from."""
 
 
@@ -165,7 +169,7 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
 
 _LAUNCH_MICROSECONDS = 5.0
 _TILE_MICROSECONDS = 2.0
-_STEP_MICROSECONDS = {(256, 1): 0.70, (128, 2): 0.45, (128, 3): 0.40, (64, 2): 0.42, (64, 4): 0.33}
+_STEP_MICROSECONDS = {(256, 1): 0.70, (128, 2): 0.45, (128, 3): 0.40, (64, 2): 0.42, (64, 4): 0.33, (32, 4): 0.29}
 """Of a multiprocessor for one step of a tile, as measured on an H100: decoding takes most of it for few columns."""
 _SHARED_STEP_MICROSECONDS = 0.06
 

@@ -64,6 +64,7 @@ FB_DEVICE u64 operand_rows(u32 at) { return 1ull << 62 | 64ull << 32 | 64ull << 
 #define SUMS4(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define SUMS16(d, i) SUMS4(d, i), SUMS4(d, i + 1), SUMS4(d, i + 2), SUMS4(d, i + 3)
 #define SUMS32(d, i) SUMS16(d, i), SUMS16(d, i + 4)
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES_0                                                                                                  \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
     "%23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -81,7 +82,11 @@ FB_DEVICE u64 operand_rows(u32 at) { return 1ull << 62 | 64ull << 32 | 64ull << 
 // d [64, COLUMNS] = (`more`: +=) a [64, 16] times x [COLUMNS, 16] transposed; started, and not waited for. A_TRANSPOSED:
 // a lies as [16, 64].
 FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], u64 a, u64 x, u32 more) {
-#if COLUMNS == 64
+#if COLUMNS == 32
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %18, 0;\n" PRODUCT(32) "{" NAMES_16 "}, %16, %17, p, 1, 1, %19, 0; }"
+                 : SUMS16(d, 0)
+                 : "l"(a), "l"(x), "r"(more), "n"(A_TRANSPOSED));
+#elif COLUMNS == 64
     asm volatile("{ .reg .pred p; setp.ne.u32 p, %34, 0;\n" PRODUCT(64) "{" NAMES_0 "}, %32, %33, p, 1, 1, %35, 0; }"
                  : SUMS32(d, 0)
                  : "l"(a), "l"(x), "r"(more), "n"(A_TRANSPOSED));
@@ -96,7 +101,7 @@ FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], u64 a, u64 x, u32 more)
                  : SUMS32(d, 0), SUMS32(d, 8), SUMS32(d, 16), SUMS32(d, 24)
                  : "l"(a), "l"(x), "r"(more), "n"(A_TRANSPOSED));
 #else
-#error "COLUMNS must be 64, 128 or 256"
+#error "COLUMNS must be 32, 64, 128 or 256"
 #endif
 }
 FB_DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -7,9 +7,9 @@
 // barriers count the copy and the decoding group's four warps, "empty" ones the eight warps that multiply. The packed
 // weight has a ring and barriers of its own.
 //
-// Defines: DTYPE, BLOCKSIZE, NESTED, TRANSPOSED, GROUPED, COLUMNS (rows of x in a tile: 64, 128 or 256), DECODERS, SPLIT (blocks
-// of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way out at a
-// time), and those of `Memory` in matmul.py: *_AT.
+// Defines: DTYPE, BLOCKSIZE, NESTED, TRANSPOSED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128 or 256), DECODERS,
+// SPLIT (blocks of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way
+// out at a time), and those of `Memory` in matmul.py: *_AT.
 #define A_TRANSPOSED TRANSPOSED
 #include "matmul_decode.h"
 #include "matmul_results.h"
