@@ -132,6 +132,12 @@ FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
     return v;
 }
+// v >> 16 by the multiplier, which has nothing else to do where bytes are permuted.
+FB_DEVICE u32 upper_half(u32 v) {
+    u32 result;
+    asm("{ .reg .u32 f; mov.b32 f, 0x10000; mul.hi.u32 %0, %1, f; }" : "=r"(result) : "r"(v));
+    return result;
+}
 // (v & mask) | bits in one instruction, which takes only one constant as such: the compiler does not get to see `mask`.
 template <u32 mask, u32 bits>
 FB_DEVICE u32 and_or(u32 v) {

@@ -86,18 +86,18 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
                 Values values;
                 values.build(code, scale[h][0]);
                 barrier_wait(r.empty + 8 * stage, it / STAGES & 1 ^ 1);
-                const u32 to = r.ring + stage * STAGE_BYTES + X_BYTES + thread * 128 | (thread & 7) << 4;
+                const u32 to = r.ring + stage * STAGE_BYTES + X_BYTES + thread * 128;
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) {
                     if (i == 1 && BLOCKS == 2) values.build(code, scale[h][BLOCKS - 1]);
                     const u32x4& w = words[h][i];
                     u32x4 a, b;
                     values.decode(w.x, w.y, a, b);
-                    shared_store4(to ^ (4 * i + 0) << 4, a);
-                    shared_store4(to ^ (4 * i + 1) << 4, b);
+                    shared_store4(to + ((4 * i + 0 ^ thread & 7) << 4), a);
+                    shared_store4(to + ((4 * i + 1 ^ thread & 7) << 4), b);
                     values.decode(w.z, w.w, a, b);
-                    shared_store4(to ^ (4 * i + 2) << 4, a);
-                    shared_store4(to ^ (4 * i + 3) << 4, b);
+                    shared_store4(to + ((4 * i + 2 ^ thread & 7) << 4), a);
+                    shared_store4(to + ((4 * i + 3 ^ thread & 7) << 4), b);
                 }
                 async_fence();  // the tensor cores read it
                 __syncwarp();

@@ -261,6 +261,7 @@ FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     }
     return v;
 }
+FB_DEVICE u32 upper_half(u32 v) { return v >> 16; }
 template <u32 mask, u32 bits>
 FB_DEVICE u32 and_or(u32 v) {
     return v & mask | bits;
