@@ -6,6 +6,7 @@
     python -m peers cpu --isa avx2       # fourbit, torch and oneDNN held to AVX2
     python -m peers cpu --sweep          # every M against dequantize_4bit + torch's linear
     python -m peers cuda                 # an NVIDIA GPU: peers/cuda.py, with options of its own
+    python -m peers rows                 # more of it: rows, experts, training, model, each a file here
 
 The CPU's peers are torch's linear, bitsandbytes' packed path (if installed) and torch's int4pack; harness/timing.py
 says how they are timed. A ratio is a peer's median over fourbit's: above 1, fourbit is faster.
@@ -14,6 +15,7 @@ says how they are timed. A ratio is a peer's median over fourbit's: above 1, fou
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -27,13 +29,16 @@ ISA_LIMITS = {
 }
 """What holds torch and its libraries to an instruction set. bitsandbytes' kernels cannot be held back."""
 
+ON_GPU = ("cuda", "rows", "experts", "training", "model")
+"""Modules here with command lines of their own."""
+
 SHAPES = "4096x4096,11008x4096,4096x14336,32000x4096"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m peers", description="Time fourbit beside its peers.")
-    parser.add_argument("device", choices=["cpu", "cuda"], help="cuda has options of its own")
+    parser.add_argument("device", choices=["cpu", *ON_GPU], help="all but cpu have options of their own")
     parser.add_argument(
         "--cases", type=words, help="of linear, fp16, gradient, quantize, dequantize, blockwise, module"
     )
@@ -64,10 +69,8 @@ def restrict(isa: str) -> None:
 
 def main() -> None:
     """Measure, print, and write the JSON file."""
-    if sys.argv[1:2] == ["cuda"]:
-        from peers import cuda
-
-        return cuda.main(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in ON_GPU:
+        return importlib.import_module(f"peers.{sys.argv[1]}").main(sys.argv[2:])
     options = arguments()
     if options.isa:
         restrict(options.isa)

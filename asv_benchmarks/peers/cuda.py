@@ -59,7 +59,7 @@ class CudaWeights(Weights):
 
     cold_bytes = COLD_BYTES
 
-    def bitsandbytes(self, double: bool) -> list[tuple[Tensor, Any]]:
+    def bitsandbytes(self, double: bool, dtype: str = "bf16") -> list[tuple[Tensor, Any]]:
         """`(packed, state)`; empty where it is not installed."""
         if self.bnb is None:
             return []
@@ -67,11 +67,11 @@ class CudaWeights(Weights):
         def build() -> tuple[Any, int]:
             quantize = self.bnb.functional.quantize_4bit
             packed, state = quantize(
-                self.torch("bf16")[0], blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=double
+                self.torch(dtype)[0], blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=double
             )
             return (packed, state), packed.nbytes + state.absmax.nbytes
 
-        return self.copies(f"bitsandbytes {double}", build)
+        return self.copies(f"bitsandbytes {double} {dtype}", build)
 
     def tinygemm(self) -> list[tuple[Tensor, Tensor]]:
         """`(packed, scales and zeros)` of torch's own 4-bit product; empty where it has none."""

@@ -43,7 +43,7 @@ class Clock(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def smollm2() -> Any:
@@ -92,7 +92,7 @@ def llama_1b() -> Any:
 MODELS = {"smollm2": ("SmolLM2-135M-Instruct", smollm2), "1b": ("1B-shaped random Llama", llama_1b)}
 
 
-def generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[float]]:
+def generate(model: Any, prompt: torch.Tensor, tokens: int, **options: Any) -> tuple[torch.Tensor, list[float]]:
     """The new tokens [batch, tokens], and the seconds that each after the first took."""
     clock = Clock()
     found = model.generate(
@@ -103,6 +103,7 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[torch.Tenso
         do_sample=False,
         pad_token_id=0,
         stopping_criteria=[clock],
+        **options,
     )
     new = found[:, prompt.shape[1] :]
     if new.shape[1] != tokens or len(clock.times) != tokens:

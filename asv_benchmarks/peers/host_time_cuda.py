@@ -1,4 +1,5 @@
-"""Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls.
+"""Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls, also of
+forward and backward.
 
     python -m peers.host_time_cuda
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -19,18 +21,22 @@ import fourbit
 from fourbit_cuda.driver import launcher
 from harness import bnb
 from harness.calls import microseconds
+from harness.training import Nothing, table, training_microseconds
 
 SIZE = 256
+TRAINING_ROWS = (1, 64, 2048)
+"""Of x: of the kernels for few rows and for many, and of a training step."""
 
 
-def synchronized(call):
-    """`call`, with the queue drained every 64 calls, so that no call waits for room in it."""
+def synchronized(call, layers: int = 1):
+    """`call` of so many layers, with the queue drained every 64 of them, so that no call waits for room in it."""
+    every = max(64 // layers, 1)
     count = 0
 
     def run():
         nonlocal count
         count += 1
-        if count % 64 == 0:
+        if count % every == 0:
             torch.cuda.synchronize()
         return call()
 
@@ -63,13 +69,34 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
     return median(samples)
 
 
-@torch.inference_mode()
 def main() -> None:
     """Measure and print."""
     torch.manual_seed(0)
-    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device="cuda")
+    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
     layer = fourbit.nn.Linear4bit.from_linear(plain)
     double = fourbit.nn.Linear4bit.from_linear(plain, fourbit.QuantConfig(double_quant=True))
+    print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
+    calls_without_gradient(plain, layer, double)
+    for rows in TRAINING_ROWS:
+        training_calls(rows, plain, layer, double)
+
+
+def training_calls(rows: int, plain: torch.nn.Linear, *layers: fourbit.nn.Linear4bit) -> None:
+    """Of forward and backward."""
+    contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"torch nn.Linear": plain}
+    contenders |= zip(("fourbit Linear4bit", "fourbit Linear4bit, double-quantized"), layers, strict=True)
+    contenders["autograd.Function that does nothing"] = Nothing.apply
+    peer = bnb.linear(plain, torch.bfloat16)
+    if peer is not None:
+        contenders["bitsandbytes Linear4bit"] = peer
+    x = torch.randn(rows, SIZE, dtype=torch.bfloat16, device="cuda")
+    found = training_microseconds(contenders, x, rounds=31, wrap=synchronized)
+    print("\n" + table(found, "torch nn.Linear", f"µs of the host, forward and backward, {rows} rows"))
+
+
+@torch.inference_mode()
+def calls_without_gradient(plain: torch.nn.Linear, layer: fourbit.nn.Linear4bit, double: fourbit.nn.Linear4bit) -> None:
+    """Of forward alone."""
     x = torch.randn(1, SIZE, dtype=torch.bfloat16, device="cuda")
     packed, state = layer.quant_state()
     calls = {
@@ -84,7 +111,6 @@ def main() -> None:
         peer.eval()
         calls["bitsandbytes Linear4bit"] = lambda: peer(x)
     found = microseconds({name: synchronized(call) for name, call in calls.items()}, rounds=31)
-    print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
     print("host time of a whole call:")
     for name, value in found.items():
         print(f"  {name:40} {value:6.1f} us   {value / found['torch nn.Linear']:.2f} of torch's nn.Linear")

@@ -1,4 +1,4 @@
-"""What the CPU backend is to reach, as ratios within one run, and whether a measurement reaches it."""
+"""What backends are to reach, as ratios within one run, and whether a measurement reaches it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ COMPOSED = "dequantize + torch"
 RATE = "GB/s a thread"
 MICROSECONDS = "µs a call"
 
-_AT_MOST = frozenset({MICROSECONDS, "disturbed"})
+TIME = "time over torch bf16's"
+
+_AT_MOST = frozenset({MICROSECONDS, TIME, "disturbed"})
 """Measures of which less is better."""
 
 
@@ -65,6 +67,39 @@ MODULE = (Target(MICROSECONDS, 8, 6),)
 NEVER_SLOWER = Target(COMPOSED, 1.0)
 DISTURBED = Target("disturbed", 2.5)
 DECODE = Target(TORCH16, 2.0)
+
+MANY_ROWS = {64: (1.75, 2.2), 128: (1.5, 1.8), 256: (1.2, 1.3), 512: (1.02, 1.05), 1024: (1.0, None), 2048: (0.93, 1.0)}
+"""On an H100 beside torch's 16-bit product, least and aim, by rows, for `LARGE`; between two, the later one's."""
+
+LARGE = ((8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
+"""(out, in)."""
+
+EXPERTS = {64: 2.0, 512: 1.0, 4096: 0.93}
+"""On an H100 beside torch's grouped product, by tokens of 8 experts each; between two, the later one's."""
+
+TRAINING = Target(TIME, 1.03)
+PREFILL = Target(TIME, 1.02)
+DECODE_GPU = {1: Target(TIME, 0.60), 8: Target(TIME, 0.66), 16: Target(TIME, 0.72)}
+"""A step of an 8B Llama in a CUDA graph, by batch."""
+GENERATE = Target(TIME, 0.65)
+
+
+def many_rows(shape: tuple[int, int], rows: int, grad: bool) -> Target | None:
+    """Of linear_4bit or its gradient on an H100, plain or double-quantized; None where there is none."""
+    if grad:
+        return Target(TORCH16, 0.93) if rows >= 512 else None
+    if shape == (8192, 8192) and rows in (1, 16):
+        return Target(TORCH16, 2.9 if rows == 1 else 2.6)
+    if shape not in LARGE:
+        return Target(TORCH16, 0.9)
+    if rows < 64:
+        return None
+    return Target(TORCH16, *MANY_ROWS[next((m for m in MANY_ROWS if m >= rows), max(MANY_ROWS))])
+
+
+def experts(tokens: int) -> Target:
+    """Of grouped_linear_4bit and its gradient on an H100."""
+    return Target(TORCH16, EXPERTS[next((t for t in EXPERTS if t >= tokens), max(EXPERTS))])
 
 
 def linear(dtype: str, rows: int, isa: str | None = None) -> tuple[Target, ...]:

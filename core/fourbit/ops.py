@@ -21,14 +21,24 @@ from fourbit.operations import OPERATIONS, Operation
 library = torch.library.Library("fourbit", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _eager(op: Operation) -> Callable[..., Any]:
-    """The op's kernel: check, look up, run."""
-    name, check, unflatten = op.name, op.check, op.unflatten
+def _checked(op: Operation) -> Callable[..., Any]:
+    """The op on the arguments of a Backend method: check, look up, run."""
+    name, check = op.name, op.check
 
-    def kernel(*args: Any) -> Any:
-        key, checked = check(name, *unflatten(*args))
+    def call(*args: Any) -> Any:
+        key, checked = check(name, *args)
         run = registry.state.tables[name].get(key) or miss(name, key)
         return run(*checked)
+
+    return call
+
+
+def _eager(op: Operation) -> Callable[..., Any]:
+    """The op's kernel."""
+    call, unflatten = checked[op.name], op.unflatten
+
+    def kernel(*args: Any) -> Any:
+        return call(*unflatten(*args))
 
     return kernel
 
@@ -42,7 +52,7 @@ def _fake(op: Operation) -> Callable[..., Any]:
     """The op's fake, after a check that no tensor lies elsewhere: a call with one on the meta device comes here too."""
     names = [argument.split()[1].split("=")[0] for argument in op.flat]
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def fake(*args: Any, **kwargs: Any) -> Any:
         tensors = [(name, t) for name, t in (*zip(names, args, strict=False), *kwargs.items()) if isinstance(t, Tensor)]
         for name, tensor in tensors:
             if tensor.device != tensors[0][1].device:
@@ -52,8 +62,11 @@ def _fake(op: Operation) -> Callable[..., Any]:
                 checks.wrong_device(op.name, *other, rest.device)
         return op.fake(*op.unflatten(*args, **kwargs))
 
-    return checked
+    return fake
 
+
+checked = {op.name: _checked(op) for op in OPERATIONS.values() if op.method}
+"""The ops past torch's dispatcher, with the arguments of Backend's methods."""
 
 eager = {op.name: _eager(op) for op in OPERATIONS.values() if op.method} | {"double_quantize": _double_quantize}
 """The eager kernels, with the arguments of torch's schemas."""

@@ -34,6 +34,7 @@ FLOORS = (
     "plugins",
     "dispatch",
     "ops",
+    "direct",
     "autograd vmap",
     "functional",
     "reference",

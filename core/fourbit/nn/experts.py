@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fourbit import autograd
 from fourbit.config import QuantConfig
-from fourbit.functional import grouped_linear_4bit
+from fourbit.direct import plain, undisturbed
 from fourbit.nn.packed import PackedModule, options
+from fourbit.nn.prepared import prepared
 from fourbit.nn.view import Holder, WeightView
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_compiling = torch.compiler.is_compiling
+_calls: dict[str, Callable[..., Tensor]] = {
+    name: getattr(torch.ops.fourbit, name).default for name in ("grouped_linear_4bit", "grouped_linear_4bit_grad")
+}
 
 
 class ExpertWeights4bit(PackedModule):
@@ -70,20 +78,24 @@ class ExpertWeights4bit(PackedModule):
         The weight is [experts, out, in], or with `transposed` [experts, in, out]; `offsets` (int32 or int64
         [experts]) are the ends of the experts' rows. Differentiable in x; see `fourbit.grouped_linear_4bit`.
         """
-        if not transposed:
-            packed, state = self.quant_state()
-            return grouped_linear_4bit(x, offsets, packed, state)
-        count, inner, outer = self.weight_shape
+        count, outer, inner = self.weight_shape
+        if transposed:
+            outer, inner = inner, outer
         if x.shape[-1:] != (inner,) or offsets.shape != (count,):
             raise ValueError(
                 f"ExpertWeights4bit: x {list(x.shape)} and offsets {list(offsets.shape)} do not fit the weight"
-                f" [experts, in, out] = {list(self.weight_shape)}"
+                f" [experts, {'in, out' if transposed else 'out, in'}] = {list(self.weight_shape)}"
             )
-        if torch.is_autocast_enabled(x.device.type):  # which knows the other orientation's op, as one of a product
+        if transposed and torch.is_autocast_enabled(x.device.type):
+            # which knows the other orientation's op, as one of a product
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, nested = self.packed_weight().flat()
-        y: Tensor = torch.ops.fourbit.grouped_linear_4bit_grad(x, offsets, *weight, outer, *nested)
-        return y
+        op = "grouped_linear_4bit_grad" if transposed else "grouped_linear_4bit"
+        if not _compiling() and undisturbed(x) and plain(offsets):
+            weight = prepared(self)
+            if weight is not None:
+                return autograd.grouped(op, x, offsets, weight, outer)
+        first, nested = self.packed_weight().flat()
+        return _calls[op](x, offsets, *first, outer, *nested)
 
     def __len__(self) -> int:
         return self.weight_shape[0]

@@ -63,6 +63,8 @@ class FrozenTensor(Tensor):
         if torch.compiler.is_compiling():
             with _plain():
                 return func(*args, **kwargs)
+        if _only_reads(func, types):
+            return func(*map(_argument, args), **{key: _argument(value) for key, value in kwargs.items()})
         name = _name(func)
         if name == "__get__":  # .shape, .device, .data: no look at the arguments, since modules ask all the time
             with _plain():
@@ -75,6 +77,8 @@ class FrozenTensor(Tensor):
                 if name == "copy_" and _holds(target, source):
                     return values[0]
                 raise _refusal(name, func, target)
+            if func == _set_data:
+                vars(target).pop("prepared", None)  # it would keep the memory that is being given up
         if name == "view_as" and values[0].nelement() != values[1].nelement():
             raise _refusal(name, func, values[1])  # torch's vector_to_parameters, which cuts by numel()
         if isinstance(func, OpOverload) or _modes() or any(not issubclass(kind, FrozenTensor) for kind in types):
@@ -125,6 +129,8 @@ class FrozenCodes(_Counted):
     """The codes of a weight, two a byte, which count for the weight."""
 
     count: int | None = None
+    prepared: Any = None
+    """See `fourbit.nn.prepared`."""
 
     def stands_for(self) -> int:
         """The weight's elements: `count`; or two a byte where a library made the parameter anew."""
@@ -163,6 +169,21 @@ def plain(tensor: Tensor) -> Tensor:
         return tensor
     with _plain(), torch._C._DisableTorchDispatch():  # a dispatch mode may know ordinary tensors alone
         return tensor.detach()
+
+
+def _only_reads(func: Any, types: Any) -> bool:
+    """Whether `func` is an op that writes to nothing, as compiled graphs call it, and no mode or other class listens.
+
+    They do so for every layer at every step, where a look through all arguments would cost as much as the product.
+    """
+    if not isinstance(func, OpOverload) or func._schema.is_mutable or _modes():
+        return False
+    return all(issubclass(kind, FrozenTensor) for kind in types)
+
+
+def _argument(value: Any) -> Any:
+    """`plain` of an op's argument, which may be a list."""
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else plain(value)
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim import swa_utils
 from torch.utils._pytree import tree_leaves
 
+from fourbit.nn import Linear4bit
 from fourbit.nn.frozen import CHUNK, frozen
 from tests.core.nn.frozen_model import DOUBLE_QUANT, Adapted, assert_same, storage, values
 
@@ -157,6 +159,33 @@ def test_what_reads_gets_ordinary_numbers():
     assert torch.equal((qweight >> 4) & 15, torch.from_numpy(qweight.numpy() >> 4))
     assert torch.zeros(64, 48).copy_(qweight).equal(qweight.float())
     assert "FrozenCodes" in repr(qweight) and qweight.shape == (64, 48) and not qweight.requires_grad
+
+
+def test_ops_as_compiled_graphs_call_them():
+    """They get ordinary tensors, in lists too, and no long way round: a graph calls three a layer and step."""
+    layer = Linear4bit.from_linear(nn.Linear(64, 32, bias=False))
+    x = torch.randn(3, 64)
+    calls = []
+
+    def op():
+        absmax, code = (torch.ops.aten.view.dtype(t, torch.float32) for t in (layer.scales, layer.codebook))
+        return torch.ops.fourbit.linear_4bit.default(x, layer.qweight, absmax, code, layer.blocksize, 32, bias=None)
+
+    assert torch.equal(op(), layer(x))
+    sys.setprofile(lambda _, event, __: calls.append(event))
+    try:
+        op()
+    finally:
+        sys.setprofile(None)
+    assert calls.count("call") < 90  # it was 313 by way of torch's pytrees
+    for found in (
+        torch.ops.aten.view.dtype(layer.scales, torch.float32),
+        torch.ops.aten.cat.default([layer.qweight, layer.qweight]),
+        torch.ops.aten.split.Tensor(layer.qweight, 16)[1],
+    ):
+        assert type(found) is torch.Tensor
+    with pytest.raises(RuntimeError, match="frozen 4-bit weight"):
+        torch.ops.aten.mul.out(layer.qweight, layer.qweight, out=layer.qweight)
 
 
 def test_those_who_take_all_parameters():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fourbit
+from fourbit import autograd
 from fourbit.testing.oracle import assert_same_bits
 
 
@@ -34,6 +35,31 @@ def test_autocast(device, layer, dtype):
             y = layer(x)
     assert y.dtype == dtype
     assert_same_bits(y, want.cpu(), "under autocast")
+
+
+@pytest.mark.parametrize("casting", (False, True))
+def test_training_calls_go_past_torchs_dispatcher(device, layer, casting, monkeypatch):
+    """In the threads of autograd's engine too; and the results are those of the other way."""
+
+    def step():
+        x = torch.ones(5, 512, dtype=torch.bfloat16, device=device, requires_grad=True)
+        with torch.autocast("cuda", dtype=torch.float16, enabled=casting):
+            y = layer(x)
+        (grad,) = torch.autograd.grad(y.float().sum(), x)
+        return y.detach(), grad
+
+    trips = []
+    module, product, op = fourbit.nn.linear, autograd._product, fourbit.nn.linear._linear_4bit
+    monkeypatch.setattr(autograd, "_product", lambda *args: trips.append("backward") or product(*args))
+    monkeypatch.setattr(module, "_linear_4bit", lambda *args: trips.append("forward") or op(*args))
+    ours = step()
+    assert trips == []
+    for each in (module, autograd):
+        monkeypatch.setattr(each, "undisturbed", lambda x: False)
+    want = step()
+    assert trips == ["forward", "backward"]
+    for a, b in zip(ours, want, strict=True):
+        assert_same_bits(a, b.cpu(), "past the dispatcher")
 
 
 def test_gradient(device, layer):
