@@ -32,8 +32,8 @@ struct Values {
         u32 choice[4], half[4], v[8];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            choice[2 * i] = words[i] & 0x77777777u, choice[2 * i + 1] = upper_half(choice[2 * i]);
-            half[2 * i] = and_or<0x44444444u, 0x32103210u>(words[i] >> 1), half[2 * i + 1] = upper_half(half[2 * i]);
+            choice[2 * i] = words[i] & 0x77777777u, choice[2 * i + 1] = choice[2 * i] >> 16;
+            half[2 * i] = and_or<0x44444444u, 0x32103210u>(words[i] >> 1), half[2 * i + 1] = half[2 * i] >> 16;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

@@ -39,7 +39,6 @@ struct Fetcher {
     Work work;
     Tile tile;
     u32 step = 0, end = 0, count = 0;
-    bool more = true;
 
     __device__ __forceinline__ explicit Fetcher(const Problem& p) : work(p) {}
 
@@ -53,7 +52,7 @@ struct Fetcher {
         return true;
     }
 
-    // The place must have been given back by all.
+    // Waits until all have given back the place.
     __device__ __forceinline__ void fetch_x(const Problem& p, const Ring& r, const TensorMap& map) {
         if (!advance(p, count > 0)) return;
         const u32 slot = count % STAGES, full = r.full + 8 * slot;
@@ -63,22 +62,15 @@ struct Fetcher {
         ++count;
     }
 
-    // The packed weight, by pairs of steps: as many as there is room for, at least up to pair `needed`.
-    __device__ __forceinline__ void fetch_weight(const Problem& p, const Ring& r, const TensorMap& map, u32 needed) {
-        while (more) {
-            const u32 slot = count % WEIGHT_STAGES, turn = count / WEIGHT_STAGES & 1 ^ 1;
-            if (count > needed && !barrier_passed(r.weight_empty + 8 * slot, turn)) return;
-            if (!advance(p, count > 0 ? 2 : 0)) {
-                more = false;
-                return;
-            }
-            const u32 full = r.weight_full + 8 * slot, to = r.weight + slot * WEIGHT_BYTES;
-            barrier_wait(r.weight_empty + 8 * slot, turn);
-            barrier_expect(full, WEIGHT_BYTES);
-            const u32 inner = (tile.step + step) * STEP;
-            if (TRANSPOSED) copy_tile(to, map, tile.output / 2, tile.weight_row + inner, full);
-            else copy_tile(to, map, inner / 2, tile.weight_row + tile.output, full);
-            ++count;
-        }
+    // The packed weight of a pair of steps; likewise.
+    __device__ __forceinline__ void fetch_weight(const Problem& p, const Ring& r, const TensorMap& map) {
+        if (!advance(p, count > 0 ? 2 : 0)) return;
+        const u32 slot = count % WEIGHT_STAGES, full = r.weight_full + 8 * slot, to = r.weight + slot * WEIGHT_BYTES;
+        barrier_wait(r.weight_empty + 8 * slot, count / WEIGHT_STAGES & 1 ^ 1);
+        barrier_expect(full, WEIGHT_BYTES);
+        const u32 inner = (tile.step + step) * STEP;
+        if (TRANSPOSED) copy_tile(to, map, tile.output / 2, tile.weight_row + inner, full);
+        else copy_tile(to, map, inner / 2, tile.weight_row + tile.output, full);
+        ++count;
     }
 };

@@ -27,16 +27,6 @@ FB_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Whether the phase whose number has this parity has ended.
-FB_DEVICE bool barrier_passed(u32 barrier, u32 parity) {
-    u32 passed;
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(passed)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return passed;
-}
-
 // Registers of a thread: a warpgroup gives some back, or takes more.
 template <int count>
 FB_DEVICE void registers_decrease() {
@@ -131,12 +121,6 @@ FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     u32 v;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
     return v;
-}
-// v >> 16 by the multiplier, which has nothing else to do where bytes are permuted.
-FB_DEVICE u32 upper_half(u32 v) {
-    u32 result;
-    asm("{ .reg .u32 f; mov.b32 f, 0x10000; mul.hi.u32 %0, %1, f; }" : "=r"(result) : "r"(v));
-    return result;
 }
 // (v & mask) | bits in one instruction, which takes only one constant as such: the compiler does not get to see `mask`.
 template <u32 mask, u32 bits>

@@ -29,11 +29,16 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
 #pragma unroll
     for (int i = 0; i < 16; ++i) code[i] = code_[i];
     Fetcher fetcher(p);
+    if (fetches)
+        for (int i = 0; i < WEIGHT_STAGES - 1; ++i) fetcher.fetch_weight(p, r, map);
+    __syncwarp();
     u32 base = 0, pair_base = 0;  // steps and pairs of the tiles before
     u32 passed = 0;               // pairs that the group is done with
     auto pass = [&] {
         __syncwarp();
         if (first) barrier_arrive(r.weight_empty + 8 * (passed % WEIGHT_STAGES));
+        if (fetches) fetcher.fetch_weight(p, r, map);  // to where the pair before was, which all are done with soon
+        __syncwarp();
         ++passed;
     };
     // Every group takes part in every pair, and its turn comes at equal distances of less than STAGES steps, from tile to
@@ -68,8 +73,6 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
                 for (u32 b = 0; b < BLOCKS; ++b) scale[h][b] = scales.get(next[h][b], place.there(t, step + h, p.n));
             ask(step + mine * DECODERS);
             const u32 pair = pair_base + step / 2;
-            if (fetches) fetcher.fetch_weight(p, r, map, pair);
-            __syncwarp();
             wait_for(pair);
             const u32 from = r.weight + pair % WEIGHT_STAGES * WEIGHT_BYTES;
             u32x4 words[mine][2];
@@ -105,11 +108,7 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
             }
         }
         base += t.steps, pair_base += (t.steps + 1) / 2;
-        if (DECODERS > 1) {
-            if (fetches) fetcher.fetch_weight(p, r, map, pair_base - 1);
-            __syncwarp();
-            if (passed < pair_base) wait_for(pair_base - 1), pass();
-        }
+        if (DECODERS > 1 && passed < pair_base) wait_for(pair_base - 1), pass();
     }
 }
 
