@@ -61,9 +61,7 @@ def block(columns: int, split: int) -> Block:
     """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
     if columns == 256:  # 128 sums a thread: no registers for two warpgroups of decoders
         return Block(256, split, 1, 3, 4, 128)
-    if columns == 128:
-        return Block(128, split, 3, 5, 4, 128)
-    return Block(columns, split, 4, 6, 6, columns)
+    return Block(128, split, 2, 5, 4, 128) if columns == 128 else Block(columns, split, 2, 6, 6, columns)
 
 
 BLOCKS = tuple(

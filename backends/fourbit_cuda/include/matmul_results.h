@@ -4,7 +4,7 @@
 
 // Writes COUNT blocks of eight rows of x, from block `first` on, of a warpgroup's 64 outputs.
 template <int COUNT>
-FB_DEVICE void write_results(const float (&sums)[NT][4], const int first, u32 buffer, const Tile& t, u32 group,
+FB_DEVICE void write_results(const float (&sums)[COUNT][4], const int first, u32 buffer, const Tile& t, u32 group,
                              u32 thread, const u16* bias, u16* y, u32 width) {
     const u32 lane = thread % 32, warp = thread / 32;
     const u32 output = t.output + group * 64;
@@ -29,7 +29,7 @@ FB_DEVICE void write_results(const float (&sums)[NT][4], const int first, u32 bu
             u32 v[4];
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                const float(&d)[4] = sums[first + i + j + c / 2];
+                const float(&d)[4] = sums[i + j + c / 2];
                 const float low = d[c % 2 * 2] + add[c % 2], high = d[c % 2 * 2 + 1] + add[c % 2];
                 v[c] = DTYPE == FB_BF16 ? floats_to_bf16x2(low, high) : floats_to_f16x2(low, high);
             }
@@ -56,8 +56,7 @@ FB_DEVICE void write_results(const float (&sums)[NT][4], const int first, u32 bu
 #if SPLIT > 1
 // d += the other blocks' sums, of which that of block `from` lies at `at` + from * PART * GROUP * 16; whichever block adds
 // them, the result is the same.
-FB_DEVICE void add_others(float (&d)[4], u32 at, u32 rank) {
-    const float own[4] = {d[0], d[1], d[2], d[3]};
+FB_DEVICE void add_others(float (&d)[4], const float (&own)[4], u32 at, u32 rank) {
 #pragma unroll
     for (u32 from = 0; from < (SPLIT == 2 ? 1 : SPLIT); ++from) {  // two sums can be added in either order
         const u32x4 v = shared_load4(at + (SPLIT == 2 ? 1 - rank : from) * (PART * GROUP * 16));

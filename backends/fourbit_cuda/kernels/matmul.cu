@@ -178,12 +178,15 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
 #pragma unroll
             for (u32 slice = 0; slice < SLICES; ++slice) {
                 if (slice != rank / 2) continue;
+                constexpr u32 at_a_time = PART < 4 ? PART : 4;
 #pragma unroll
-                for (u32 i = 0; i < PART; ++i) {
-                    float(&d)[4] = sums[slice * PART + i];
-                    add_others(d, mine + i * (GROUP * 16), rank);
+                for (u32 first = 0; first < PART; first += at_a_time) {
+                    float all[at_a_time][4];  // in sums themselves, the compiler would let products wait for one another
+#pragma unroll
+                    for (u32 i = 0; i < at_a_time; ++i)
+                        add_others(all[i], sums[slice * PART + first + i], mine + (first + i) * (GROUP * 16), rank);
+                    write_results<at_a_time>(all, slice * PART + first, buffer, t, group, thread, bias, y, p.outputs);
                 }
-                write_results<PART>(sums, slice * PART, buffer, t, group, thread, bias, y, p.outputs);
             }
             continue;
         }
