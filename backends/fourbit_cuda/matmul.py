@@ -64,9 +64,7 @@ def block(columns: int, split: int) -> Block:
     return Block(128, split, 2, 5, 4, 128) if columns == 128 else Block(columns, split, 2, 6, 6, columns)
 
 
-BLOCKS = tuple(
-    block(c, split) for c, most in ((256, 2), (128, 4), (64, 4), (32, 4)) for split in (1, 2, 4) if split <= most
-)
+BLOCKS = tuple(block(c, split) for c in (256, 128, 64, 32) for split in (1, 2))
 """What plans choose from."""
 
 
@@ -161,15 +159,18 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
         busy = turns * steps + -(-steps // b.split) * (rest > 0)
     else:
         busy = (turns + (rest > 0)) * steps
-    step = _STEP_MICROSECONDS[b.columns, b.decoders] + (_SHARED_STEP_MICROSECONDS if b.split > 1 else 0.0)
-    return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS
+    step = _STEP_MICROSECONDS[b.columns] * (_IN_CLUSTERS if b.split > 1 else 1.0)
+    exchange = _EXCHANGE_MICROSECONDS * b.columns if b.split > 1 and rest else 0.0
+    return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
 
 
-_LAUNCH_MICROSECONDS = 5.0
+_LAUNCH_MICROSECONDS = 4.0
 _TILE_MICROSECONDS = 2.0
-_STEP_MICROSECONDS = {(256, 1): 0.70, (128, 2): 0.45, (128, 3): 0.40, (64, 2): 0.42, (64, 4): 0.33, (32, 4): 0.29}
+_STEP_MICROSECONDS = {256: 0.76, 128: 0.53, 64: 0.455, 32: 0.42}
 """Of a multiprocessor for one step of a tile, as measured on an H100: decoding takes most of it for few columns."""
-_SHARED_STEP_MICROSECONDS = 0.06
+_IN_CLUSTERS = 1.12
+_EXCHANGE_MICROSECONDS = 0.015
+"""For a row of x of a tile that a cluster shares."""
 
 
 def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
@@ -177,8 +178,6 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
     if fits(props, shape):
         inner = shape.n if shape.transposed else shape.k
         for b in BLOCKS:
-            if shape.experts and b.split > 2:  # they have tiles enough
-                continue
             if Memory.of(shape, b).total <= props.shared_per_block and b.split <= -(-inner // (2 * STEP)):
                 yield b
 
