@@ -166,9 +166,9 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
 
 _LAUNCH_MICROSECONDS = 4.0
 _TILE_MICROSECONDS = 2.0
-_STEP_MICROSECONDS = {256: 0.76, 128: 0.53, 64: 0.455, 32: 0.42}
+_STEP_MICROSECONDS = {256: 0.80, 128: 0.53, 64: 0.455, 32: 0.42}
 """Of a multiprocessor for one step of a tile, as measured on an H100: decoding takes most of it for few columns."""
-_IN_CLUSTERS = 1.12
+_IN_CLUSTERS = 1.09
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""
 
