@@ -121,7 +121,7 @@ def _load(launcher: Launcher, shape: Shape) -> _FewReady | Ready | None:
     kernel: Any = launcher.kernel(chosen.spec, chosen.shared_bytes)
     if isinstance(chosen, matmul.Plan):
         return Ready(kernel, chosen, shape)
-    tail = (shape.m, shape.n, shape.k, chosen.range_rows, chosen.pass_rows)
+    tail = (shape.m, shape.n, shape.k, chosen.range_rows, chosen.pass_rows, shape.experts)
     overlapping = launcher.props.arch >= 90 and not shape.experts
     arrange = None
     if chosen.arrange is not None:

@@ -22,7 +22,7 @@ from tests.support import skip_or_fail
 
 EMULATOR = Path(__file__).parent / "emulator"
 CUDA = Path(fourbit_cuda.__file__).parent
-HEADERS = ("matmul_work.h", "matmul_ring.h", "matmul_decode.h", "matmul_results.h")
+HEADERS = ("experts.h", "matmul_work.h", "matmul_ring.h", "matmul_decode.h", "matmul_results.h")
 
 if shutil.which("g++") is None:
     skip_or_fail("g++ is not there")

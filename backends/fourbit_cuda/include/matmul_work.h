@@ -5,6 +5,8 @@
 #pragma once
 #include "warpgroup.h"
 
+#include "experts.h"
+
 #define OUTPUTS 128  // of a tile
 #define STEP 64      // of the inner dimension, at a time
 #define BAND 8       // tiles along x's rows that are worked on side by side, for the second-level cache
@@ -98,22 +100,14 @@ struct Work {
 
 #if GROUPED
 // Of experts' rows, in shared memory: the number of tiles along x's rows before each expert [E + 1], the first row [E],
-// and the end [E]. Rows are sorted by expert; expert e ends at offsets[e], and begins where any before it ended last.
+// and the end [E].
 FB_DEVICE void plan_experts(u32 table, const i64* offsets, u32 experts, u32 rows, u32 thread) {
     if (thread < 32) {
         u32 tiles = 0, latest = 0;
         for (u32 base = 0; base < experts; base += 32) {
             const u32 e = base + thread;
-            i64 at = e < experts ? offsets[e] : 0;
-            const u32 end = at < 0 ? 0 : at < rows ? (u32)at : rows;
-            u32 most = end;  // of this and all before
-#pragma unroll
-            for (u32 i = 1; i < 32; i *= 2) {
-                const u32 other = __shfl_up_sync(0xffffffffu, most, i);
-                if (thread >= i && other > most) most = other;
-            }
-            u32 first = __shfl_up_sync(0xffffffffu, most, 1);
-            first = thread == 0 || first < latest ? latest : first;
+            const ExpertRows of = rows_of_experts(offsets, base, experts, rows, thread, latest);
+            const u32 first = of.first, end = of.end;
             u32 count = e < experts && end > first ? (end - first + COLUMNS - 1) / COLUMNS : 0, sum = count;
 #pragma unroll
             for (u32 i = 1; i < 32; i *= 2) {
@@ -126,8 +120,6 @@ FB_DEVICE void plan_experts(u32 table, const i64* offsets, u32 experts, u32 rows
                 shared_store(table + 4 * (2 * experts + 1 + e), end);
             }
             tiles += __shfl_sync(0xffffffffu, sum, 31);
-            const u32 last = __shfl_sync(0xffffffffu, most, 31);
-            latest = last > latest ? last : latest;
         }
         if (thread == 0) shared_store(table + 4 * experts, tiles);
     }
