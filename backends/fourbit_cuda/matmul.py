@@ -140,13 +140,9 @@ def fits(props: DeviceProps, shape: Shape) -> bool:
 
 
 def tiles_of(shape: Shape, b: Block) -> int:
-    """Tiles of a product; of experts, whose rows only the device knows, as if all had equally many."""
+    """Tiles of a product; of experts, whose rows only the device knows, as many as are to be expected."""
     outputs = shape.k if shape.transposed else shape.n
-    across = -(-outputs // OUTPUTS)
-    if not shape.experts:
-        return across * -(-shape.m // b.columns)
-    busy = min(shape.experts, shape.m)
-    return across * busy * -(-shape.m // (busy * b.columns))
+    return max(1, round(-(-outputs // OUTPUTS) * shape.groups(b.columns)))
 
 
 def cost(props: DeviceProps, shape: Shape, b: Block) -> float:

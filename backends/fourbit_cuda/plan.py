@@ -206,8 +206,8 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         f" ring of {tile.stages} x {tile.kw}"
     )
     time = 0.75 * cost(props, shape, tile)
-    if shape.experts:  # all at once, as far as there is room
-        time = 4.0 + max(1.0, blocks * layers / props.sm_count) * time
+    if shape.experts:  # some have more rows than others, and the last blocks are few
+        time = 4.0 + max(1.0, 1.65 * blocks * shape.groups(tile.columns) / props.sm_count) * time
     else:
         time = layers * (time + (8.0 if tile.wgmma else 4.0))
     return Plan(spec, (blocks, layers, 1), tile.threads, layout.total, range_rows, pass_rows, arrange, time, text)

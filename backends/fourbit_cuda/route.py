@@ -18,27 +18,21 @@ FEW_ROWS = 128
 """Up to so many rows two passes of the kernel for few rows cost less than writing 16-bit weights to memory: where there
 is no kernel for many."""
 
-FEW_ROWS_AN_EXPERT = 16
-"""Up to so many rows an expert on average, experts are left to the kernel for few rows."""
-
 
 @lru_cache(maxsize=4096)
 def route(props: DeviceProps, shape: Shape) -> Route:
     """The way of a product with `shape.m` > 0 rows of x, of 16-bit floats or, by pieces alone, of float32."""
     many = matmul.plan_matmul(props, shape)
-    if shape.experts:
-        few = None if shape.transposed else plan.plan_linear(props, shape)
-        if few is not None and shape.m <= shape.experts * (plan.FUSED_ROWS if many is None else FEW_ROWS_AN_EXPERT):
-            return few
-        return None if many is None else many[0]
-    few = plan.plan_linear(props, shape) if shape.m <= FEW_ROWS and not shape.transposed else None
+    most = shape.experts * plan.FUSED_ROWS if shape.experts else FEW_ROWS
+    few = plan.plan_linear(props, shape) if shape.m <= most and not shape.transposed else None
     if many is None:
         return few
-    pieces = pieces_microseconds(props, shape)
-    fastest: Route = many[0] if many[1] < pieces else None
-    if few is not None and few.microseconds < min(many[1], pieces):
-        fastest = few
-    return fastest
+    ways: list[tuple[float, Route]] = [(many[1], many[0])]
+    if not shape.experts:
+        ways.append((pieces_microseconds(props, shape), None))
+    if few is not None:
+        ways.append((few.microseconds, few))
+    return min(ways, key=lambda way: way[0])[1]
 
 
 def pieces_microseconds(props: DeviceProps, shape: Shape) -> float:

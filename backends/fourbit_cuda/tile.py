@@ -5,6 +5,7 @@ The layout of shared memory is written here alone: the kernel is compiled with `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,14 @@ class Shape:
     nested: bool
     experts: int = 0
     transposed: bool = False
+
+    def groups(self, columns: int) -> float:
+        """Groups of at most `columns` rows of x, of one expert each; as many as are to be expected if each row's expert
+        is a random one."""
+        if not self.experts:
+            return -(-self.m // columns)
+        rows = self.m / self.experts
+        return self.experts * -math.expm1(-rows) * max(1.0, rows / columns + 0.5)
 
 
 @dataclass(frozen=True)
