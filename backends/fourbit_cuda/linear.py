@@ -121,7 +121,9 @@ def _load(launcher: Launcher, shape: Shape) -> _FewReady | Ready | None:
     kernel: Any = launcher.kernel(chosen.spec, chosen.shared_bytes)
     if isinstance(chosen, matmul.Plan):
         return Ready(kernel, chosen, shape)
-    tail = (shape.m, shape.n, shape.k, chosen.range_rows, chosen.pass_rows, shape.experts)
+    tail: tuple[int, ...] = (shape.m, shape.n, shape.k, chosen.range_rows, chosen.pass_rows, shape.experts)
+    if not shape.experts:  # of experts the width of their offsets follows
+        tail = (*tail, 0)
     overlapping = launcher.props.arch >= 90 and not shape.experts
     arrange = None
     if chosen.arrange is not None:
@@ -149,14 +151,15 @@ def grouped(launcher: Launcher, x: Tensor, offsets: Tensor, weight: Weight, out_
         ready = _prepare(key, launcher, shape)
     if ready is None or (x.data_ptr() | packed.data_ptr() | absmax.data_ptr()) & 15:
         return None
-    out = x.new_zeros(m, out_features)
-    ends = offsets.to(torch.int64)
+    out = _empty((m, out_features), dtype=x.dtype, device=x.device)
     scales = (absmax.data_ptr(), code.data_ptr(), *nested_addresses(weight))
+    last, wide = offsets.data_ptr(), offsets.dtype == torch.int64
     if isinstance(ready, Ready):
-        ready(x.data_ptr(), packed.data_ptr(), scales, ends.data_ptr(), out.data_ptr())
+        ready(x.data_ptr(), packed.data_ptr(), scales, last, out.data_ptr(), wide)
         return out
     launch, grid, threads, shared, tail, *_ = ready
-    launch(grid, threads, shared, (x.data_ptr(), packed.data_ptr(), *scales, ends.data_ptr(), out.data_ptr(), *tail))
+    args = (x.data_ptr(), packed.data_ptr(), *scales, last, out.data_ptr(), *tail, int(wide))
+    launch(grid, threads, shared, args)
     return out
 
 
@@ -166,10 +169,10 @@ def grouped_grad(launcher: Launcher, grad: Tensor, offsets: Tensor, weight: Weig
     ready = _of_transposed(launcher, grad, weight, m, n, in_features, offsets.numel())
     if ready is None:
         return None
-    out = grad.new_zeros(m, in_features)
-    ends = offsets.to(torch.int64)
+    out = _empty((m, in_features), dtype=grad.dtype, device=grad.device)
     scales = (weight.absmax.data_ptr(), weight.code.data_ptr(), *nested_addresses(weight))
-    ready(grad.data_ptr(), weight.packed.data_ptr(), scales, ends.data_ptr(), out.data_ptr())
+    last, wide = offsets.data_ptr(), offsets.dtype == torch.int64
+    ready(grad.data_ptr(), weight.packed.data_ptr(), scales, last, out.data_ptr(), wide)
     return out
 
 

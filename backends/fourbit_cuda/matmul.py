@@ -95,7 +95,7 @@ class Memory(NamedTuple):
         barriers = results + 2 * b.result_columns * 128
         codes = barriers + 16 * (b.stages + b.weight_stages)
         experts = codes + (1024 if shape.nested else 0)
-        total = experts + (4 * (3 * shape.experts + 1) if shape.experts else 0)
+        total = experts + (4 * (3 * shape.experts + 2) if shape.experts else 0)
         return cls(weight, results, barriers, codes, experts, total)
 
     def defines(self) -> dict[str, int]:
@@ -226,14 +226,14 @@ class Ready:
     """A plan with its kernel loaded; called with addresses, it launches.
 
     x, packed and out must be 16-byte aligned; `scales`: absmax, code and the three of nested scales; `last`: bias or 0,
-    for experts their offsets, int64.
+    for experts their offsets, int64 if `wide`, else int32.
     """
 
     kernel: Any
     plan: Plan
     shape: Shape
 
-    def __call__(self, x: int, packed: int, scales: tuple[int, ...], last: int, out: int) -> None:
+    def __call__(self, x: int, packed: int, scales: tuple[int, ...], last: int, out: int, wide: bool = False) -> None:
         kernel, plan, shape = self.kernel, self.plan, self.shape
         inner = shape.n if shape.transposed else shape.k
         rows = max(shape.experts, 1) * shape.n
@@ -241,5 +241,5 @@ class Ready:
             tensor_map(kernel.encode_map, x, 2, inner, shape.m, STEP, plan.block.columns),
             tensor_map(kernel.encode_map, packed, 1, shape.k // 2, rows, STEP, OUTPUTS),
         )
-        args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts)
+        args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts, int(wide))
         kernel.launch(plan.grid, plan.block.threads, plan.shared_bytes, args, not shape.experts, maps)

@@ -100,8 +100,8 @@ struct Work {
 
 #if GROUPED
 // Of experts' rows, in shared memory: the number of tiles along x's rows before each expert [E + 1], the first row [E],
-// and the end [E].
-FB_DEVICE void plan_experts(u32 table, const i64* offsets, u32 experts, u32 rows, u32 thread) {
+// and the end [E]; then where all end.
+FB_DEVICE void plan_experts(u32 table, const Offsets& offsets, u32 experts, u32 rows, u32 thread) {
     if (thread < 32) {
         u32 tiles = 0, latest = 0;
         for (u32 base = 0; base < experts; base += 32) {
@@ -121,7 +121,7 @@ FB_DEVICE void plan_experts(u32 table, const i64* offsets, u32 experts, u32 rows
             }
             tiles += __shfl_sync(0xffffffffu, sum, 31);
         }
-        if (thread == 0) shared_store(table + 4 * experts, tiles);
+        if (thread == 0) shared_store(table + 4 * experts, tiles), shared_store(table + 4 * (3 * experts + 1), latest);
     }
 }
 #endif

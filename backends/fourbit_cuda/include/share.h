@@ -55,7 +55,7 @@ FB_DEVICE Rows rows_of_block(u32 block, i64 rows_of_x) {
     return Rows{first, first + COLUMNS < rows_of_x ? first + COLUMNS : rows_of_x, 0};
 }
 // Of the `slot`-th expert that has any; none where there are no more such.
-FB_DEVICE Rows rows_of_expert(u32 slot, i64 rows_of_x, const i64* offsets, u32 experts, u32 n, u32 lane) {
+FB_DEVICE Rows rows_of_expert(u32 slot, i64 rows_of_x, const Offsets& offsets, u32 experts, u32 n, u32 lane) {
     u32 latest = 0;
     for (u32 base = 0; base < experts; base += 32) {
         const ExpertRows of = rows_of_experts(offsets, base, experts, (u32)rows_of_x, lane, latest);
@@ -69,6 +69,13 @@ FB_DEVICE Rows rows_of_expert(u32 slot, i64 rows_of_x, const i64* offsets, u32 e
         slot -= count;
     }
     return Rows{0, 0, 0};
+}
+// What no expert has is a zero: this block's part of it.
+FB_DEVICE void clear_rest(u16* y, i64 rows_of_x, const Offsets& offsets, u32 experts, u32 n, u32 thread) {
+    u32 latest = 0;
+    for (u32 base = 0; base < experts; base += 32)
+        rows_of_experts(offsets, base, experts, (u32)rows_of_x, thread % 32, latest);
+    clear_rest(y, latest, (u32)rows_of_x, n, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y, thread, THREADS);
 }
 
 // Has the cache ask for what the first slots of the ring will hold: while the launch before still runs.

@@ -196,12 +196,13 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
 }
 
 // x [rows, inner] and y [rows, outputs] in DTYPE, of which x_map describes x in boxes of 64 x COLUMNS; w_map packed u8
-// [E * N, K / 2] in boxes of 64 bytes x 128 rows; `last`: bias [N] or null, with GROUPED int64 offsets [E], with
-// `experts` E. K is a multiple of 64 and of BLOCKSIZE.
+// [E * N, K / 2] in boxes of 64 bytes x 128 rows; `last`: bias [N] or null; with GROUPED offsets [E], int64 if
+// `wide`, else int32, with `experts` E. K is a multiple of 64 and of BLOCKSIZE.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
     matmul(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const void* absmax,
            const float* code, const float* nested_absmax, const float* nested_code, const float* nested_offset,
-           const void* last, u16* y, i64 rows, i64 n, i64 k, i64 experts) {
+           const void* last, u16* y, i64 rows, i64 n, i64 k, i64 experts,
+           i64 wide) {
     extern __shared__ __align__(1024) u8 shared_[];
     const u32 shared = shared_address(shared_);
     if (shared & 1023) trap();
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
     after_previous();
     let_next_start();
 #if GROUPED
-    plan_experts(shared + EXPERTS_AT, (const i64*)last, (u32)experts, (u32)rows, thread);
+    plan_experts(shared + EXPERTS_AT, Offsets{last, wide != 0}, (u32)experts, (u32)rows, thread);
 #endif
 #if NESTED
     if (thread < 256) shared_store(shared + CODES_AT + 4 * thread, bits_of(nested_code[thread]));
@@ -236,5 +237,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
     } else {
         if (DECODERS < 4) registers_increase<PRODUCT_REGISTERS>();
         multiply_tiles(p, ring, x_map, shared, role, thread % GROUP, GROUPED ? 0 : (const u16*)last, y);
+#if GROUPED
+        clear_rest(y, shared_load(p.table + 4 * (3 * p.experts + 1)), p.rows, p.outputs, p.block, p.blocks, thread, 2 * GROUP);
+#endif
     }
 }

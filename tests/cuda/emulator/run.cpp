@@ -55,6 +55,6 @@ extern "C" void run(const TensorMap* maps, const void* const* addresses, const i
         run_cluster(first, blocks, shared_bytes, [&] {
             matmul(maps[0], maps[1], addresses[0], (const float*)addresses[1], (const float*)addresses[2],
                    (const float*)addresses[3], (const float*)addresses[4], addresses[5], (u16*)addresses[6], sizes[0],
-                   sizes[1], sizes[2], sizes[3]);
+                   sizes[1], sizes[2], sizes[3], sizes[4]);
         });
 }
