@@ -91,7 +91,16 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return spare[skip : skip + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def product(build, shape: Shape, kind: matmul.Block, sms: int, quant_type: str = "nf4", bias: bool = False, ends=None, wide=False):
+def product(
+    build,
+    shape: Shape,
+    kind: matmul.Block,
+    sms: int,
+    quant_type: str = "nf4",
+    bias: bool = False,
+    ends=None,
+    wide=False,
+):
     """`(y, y of float64)` of random x and weight."""
     generator = torch.Generator().manual_seed(shape.n + shape.k + shape.m)
     dtype = next(each for each, code in DTYPE_CODES.items() if code == shape.dtype)
@@ -181,7 +190,11 @@ def test_few_steps(build, k):
 def test_experts(build, ends, wide, transposed):
     """Rows of x past the last expert's give zeros; ends are what a router may give."""
     shape = replace(SHAPE, m=130, experts=4, transposed=transposed)
-    check(*product(build, shape, SMALL, sms=5, ends=[min(end, 130) for end in ends] if max(ends) > 130 else ends, wide=wide))
+    check(
+        *product(
+            build, shape, SMALL, sms=5, ends=[min(end, 130) for end in ends] if max(ends) > 130 else ends, wide=wide
+        )
+    )
 
 
 @pytest.mark.long
