@@ -142,7 +142,7 @@ def test_every_blocksize(props, blocksize):
 
 @every_device
 def test_experts_share_the_device(props):
-    """With few rows in all, the experts that have any should together fill the device; there are no blocks for others."""
+    """With few rows in all, the experts that have any should together fill the device; others get no blocks."""
     for rows, busy in ((8, 8), (64, 64), (300, 64)):
         chosen = plan.plan_linear(props, shape(rows, 14336, 4096, experts=64))
         assert chosen.grid[1] == busy and chosen.arrange is None
