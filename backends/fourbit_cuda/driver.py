@@ -16,7 +16,7 @@ import torch
 
 from fourbit_cuda import compiler, libraries
 from fourbit_cuda.targets import Target
-from fourbit_cuda.tensor_map import MAP_BYTES, encode_function
+from fourbit_cuda.tensor_map import INVALID_CONTEXT, MAP_BYTES, encode_function
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit_gpu.spec import KernelSpec
@@ -31,7 +31,6 @@ _PDL_ATTRIBUTE = struct.pack("<I4xI60x", 6, 1)
 _DEFAULT_SHARED = 48 << 10
 """Dynamic shared memory that a kernel may have without opting in."""
 
-_INVALID_CONTEXT = 201
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
@@ -145,7 +144,7 @@ class CudaKernel(Kernel):
             *args,
         )
         error = self._launch(buffer[1], self._handle, buffer[2], None)
-        if error == _INVALID_CONTEXT:  # a thread in which torch has not used this device yet
+        if error == INVALID_CONTEXT:  # a thread in which torch has not used this device yet
             self._launcher.make_current()
             error = self._launch(buffer[1], self._handle, buffer[2], None)
         buffers.free.append(buffer)
@@ -171,7 +170,7 @@ class CudaLauncher(Launcher):
         # int arithmetic on void pointers: the buffers' addresses are passed as they are
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_void_p,) * 4)
         self.launch_function = prototype(_address("cuLaunchKernelEx"))
-        self.encode_map = encode_function(_address("cuTensorMapEncodeTiled"))
+        self.encode_map = encode_function(_address("cuTensorMapEncodeTiled"), self.make_current)
         self._attributes = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE))
         self.pdl_address = ctypes.addressof(self._attributes)
 

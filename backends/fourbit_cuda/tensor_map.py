@@ -10,6 +10,7 @@ MAP_BYTES = 128
 _ALIGNMENT = 64
 _UINT8, _UINT16 = 0, 1  # CUtensorMapDataType; 16-bit floats are only moved
 _SWIZZLES = {64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a tile's row
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PROMOTION_128 = 2  # CUtensorMapL2promotion: 256 bytes were slower
 
 Encode = Callable[..., int]
@@ -19,12 +20,20 @@ class MapError(RuntimeError):
     """The driver does not take a matrix; the message says which."""
 
 
-def encode_function(address: int) -> Encode:
-    """cuTensorMapEncodeTiled at `address`."""
+def encode_function(address: int, make_current: Callable[[], None]) -> Encode:
+    """cuTensorMapEncodeTiled at `address`, which wants a context, as a thread of autograd's may have none yet."""
     word = ctypes.c_void_p
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, word, ctypes.c_int, ctypes.c_uint, *(word,) * 5, *(ctypes.c_int,) * 4)
     function = prototype(address)
-    return lambda *args: function(*args)  # a key of tensor_map's cache, which the pointer itself cannot be
+
+    def encode(*args: int) -> int:
+        error: int = function(*args)
+        if error == INVALID_CONTEXT:
+            make_current()
+            error = function(*args)
+        return error
+
+    return encode
 
 
 @lru_cache(maxsize=8192)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_every_kind_of_block(launcher, device, kind, dtype, transposed):
             check(y, x, dense if transposed else dense.T)
 
 
-@pytest.mark.parametrize("rows", (33, 100, 129, 512, 2048, 4100))
+@pytest.mark.parametrize("rows", (33, 129, 512, 2100))
 @pytest.mark.parametrize("n, k", ((4096, 14336), (14336, 4096), (1024, 4096)))
 def test_sizes_of_prefill_and_training(device, n, k, rows):
     dtype = torch.bfloat16
@@ -78,6 +80,16 @@ def test_sizes_of_prefill_and_training(device, n, k, rows):
     grad = torch.randn_like(y)
     y.backward(grad)
     check_close(x.grad, grad, dense)
+
+
+def test_a_thread_of_its_own(launcher, device):
+    """The copy engine's maps want a context, which a thread that never used the device does not have."""
+    packed, state, dense = quantized((4096, 4096), torch.bfloat16, device)
+    x = torch.randn(200, 4096, device=device, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        y = pool.submit(fourbit.linear_4bit, x, packed, state).result()
+    check_close(y, x, dense.T)
 
 
 @pytest.mark.parametrize("wide", (False, True), ids=("int32", "int64"))
