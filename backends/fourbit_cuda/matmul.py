@@ -1,5 +1,4 @@
-"""Products of many rows on sm_90: plans and launches of matmul_forward.cu and matmul_transposed.cu, for linear_4bit, its
-gradient and experts."""
+"""Products of many rows on sm_90: plans and launches of matmul_forward.cu, and for gradients matmul_transposed.cu."""
 
 from __future__ import annotations
 
@@ -80,11 +79,7 @@ def block(columns: int, split: int, transposed: bool = False) -> Block:
 
 
 BLOCKS = tuple(
-    block(c, split, transposed)
-    for transposed in (False, True)
-    for c, most in ((256, 2), (128, 4), (64, 4), (32, 4))
-    for split in (1, 2, 4)
-    if split <= most
+    block(c, split, transposed) for transposed in (False, True) for c in (256, 128, 64, 32) for split in (1, 2)
 )
 """What plans choose from."""
 
@@ -177,37 +172,37 @@ def tiles_of(shape: Shape, b: Block) -> int:
 
 def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     """Estimated microseconds."""
-    inner = shape.n if shape.transposed else shape.k
-    steps, tiles = -(-inner // STEP), tiles_of(shape, b)
+    steps = -(-shape.n // STEP) if shape.transposed else -(-shape.k // (2 * STEP)) * 2
+    tiles = tiles_of(shape, b)
     blocks = min(props.sm_count // b.split * b.split, tiles * b.split)
     turns, rest = divmod(tiles, blocks)
     if b.split > 1 and rest * b.split <= blocks:
         busy = turns * steps + -(-steps // b.split) * (rest > 0)
     else:
         busy = (turns + (rest > 0)) * steps
-    step = _STEP_MICROSECONDS[b.transposed][b.columns] + (_SHARED_STEP_MICROSECONDS if b.split > 1 else 0.0)
-    return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS
+    step = _STEP_MICROSECONDS[b.transposed][b.columns] * (_IN_CLUSTERS if b.split > 1 else 1.0)
+    exchange = _EXCHANGE_MICROSECONDS * b.columns if b.split > 1 and rest else 0.0
+    return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
 
 
-_LAUNCH_MICROSECONDS = 5.0
+_LAUNCH_MICROSECONDS = 4.0
 _TILE_MICROSECONDS = 2.0
 _STEP_MICROSECONDS = {
-    False: {256: 0.64, 128: 0.40, 64: 0.30, 32: 0.28},
+    False: {256: 0.66, 128: 0.40, 64: 0.31, 32: 0.30},
     True: {256: 0.76, 128: 0.53, 64: 0.455, 32: 0.42},
 }
-"""Of a multiprocessor for one step of a tile, as measured on an H100: decoding takes most of it for few columns."""
-_SHARED_STEP_MICROSECONDS = 0.06
+"""Of a multiprocessor for one step of a tile, of a product (estimated) and of a gradient (measured on an H100); for few
+columns decoding takes most of it."""
+_IN_CLUSTERS = 1.12
+_EXCHANGE_MICROSECONDS = 0.015
+"""For a row of x of a tile that a cluster shares."""
 
 
 def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
     """Kinds of blocks that fit the shape and the device."""
     if fits(props, shape):
         inner = shape.n if shape.transposed else shape.k
-        for b in BLOCKS:
-            if b.transposed != shape.transposed:
-                continue
-            if shape.experts and b.split > 2:  # they have tiles enough
-                continue
+        for b in (b for b in BLOCKS if b.transposed == shape.transposed):
             if Memory.of(shape, b).total <= props.shared_per_block and b.split <= -(-inner // (2 * STEP)):
                 yield b
 

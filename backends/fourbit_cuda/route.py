@@ -46,14 +46,15 @@ def pieces_microseconds(props: DeviceProps, shape: Shape) -> float:
     weights = shape.n * shape.k
     bandwidth = (props.bandwidth or 15.0 * props.sm_count) * 1e3  # bytes a microsecond
     product = 2.0 * shape.m * weights / (props.sm_count * _FLOPS)
-    memory = 2.0 * (weights + shape.m * (shape.n + shape.k)) / (0.8 * bandwidth)
-    decode = weights * (2.0 + 0.5 + 4.0 / shape.blocksize) / (0.84 * bandwidth)
+    written = 2.0 * weights * (1.0 if 4 * weights > props.l2_bytes else 0.4)  # bytes, of which the L2 cache keeps few
+    memory = (written + 2.0 * shape.m * (shape.n + shape.k)) / (0.8 * bandwidth)
+    decode = (written + weights * (0.5 + 4.0 / shape.blocksize)) / (0.84 * bandwidth)
     if shape.transposed:  # half of the columns at a time
         return _LAUNCHES + 1.2 * max(product, memory) + 1.25 * decode
     return _LAUNCHES + max(product, memory) + decode
 
 
-_FLOPS = 5.9e6
+_FLOPS = 6.2e6
 """Of torch's matmul, a multiprocessor and microsecond, as measured on an H100."""
 _LAUNCHES = 6.0
 
