@@ -47,8 +47,8 @@ class Block:
     weight_stages: int
     result_columns: int
     decoders: int = 0
-    chunks: int = 4
-    buffers: int = 2
+    chunks: int = 2
+    buffers: int = 4
 
     @property
     def transposed(self) -> bool:

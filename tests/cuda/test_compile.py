@@ -131,7 +131,7 @@ def logs_of(patch: pytest.MonkeyPatch) -> list[str]:
 
 def test_products_that_wait_for_one_another_would_be_seen():
     chosen = matmul.make_plan(props_of(90), Shape(600, 4096, 4096, 1, 64, False), matmul.block(128, 1))
-    defines = {**dict(chosen.spec.defines), "BUFFERS": 4, "CHUNKS": 2}
+    defines = {**dict(chosen.spec.defines), "BUFFERS": 3}
     with pytest.raises(AssertionError, match="serialized"):
         build(replace(chosen.spec, defines=tuple(defines.items())), 90)
 
