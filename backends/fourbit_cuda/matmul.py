@@ -1,4 +1,4 @@
-"""Products of many rows on sm_90: the plan and the launch of matmul.cu, for linear_4bit, its gradient and experts."""
+"""Products of many rows on sm_90: plans and launches of matmul_forward.cu, and for gradients matmul_transposed.cu."""
 
 from __future__ import annotations
 
@@ -28,43 +28,59 @@ _RESERVED = 1 << 10
 
 @dataclass(frozen=True)
 class Block:
-    """Compile-time choices of matmul.cu.
+    """Compile-time choices of a kernel.
 
     Attributes:
         columns: rows of x in a tile: 32, 64, 128 or 256.
         split: blocks of a cluster, which share the last tiles.
-        decoders: warpgroups that decode.
-        stages: tiles of x and of the decoded weight on their way.
-        weight_stages: pairs of steps of the packed weight on their way.
+        stages: tiles of x on their way; of the gradient, and of the decoded weight.
+        weight_stages: pairs of steps of the weight on their way.
         result_columns: rows of x whose results leave at a time.
+        decoders: of the gradient: warpgroups that decode for the others. Of a product none: what multiplies decodes.
+        chunks: of a product: of the four parts of a step, how many are multiplied at a time.
+        buffers: of a product: decoded operands of so many parts.
     """
 
     columns: int
     split: int
-    decoders: int
     stages: int
     weight_stages: int
     result_columns: int
+    decoders: int = 0
+    chunks: int = 2
+    buffers: int = 2
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is for gradients."""
+        return self.decoders > 0
 
     @property
     def threads(self) -> int:
-        """Of a block: two warpgroups multiply."""
-        return 128 * (2 + self.decoders)
+        """Of a block: two warpgroups multiply, the others decode, or bring what is multiplied."""
+        return 128 * (2 + max(self.decoders, 1))
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread that decodes, and of one that multiplies: together what all have at the launch."""
+        """Of a thread that decodes or brings, and of one that multiplies: together what all have at the launch."""
+        if not self.transposed:
+            return (72, 216) if self.columns == 256 else (88, 208)
         return {1: (88, 208), 2: (112, 144), 3: (80, 120), 4: (80, 80)}[self.decoders]
 
 
-def block(columns: int, split: int) -> Block:
+def block(columns: int, split: int, transposed: bool = False) -> Block:
     """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
+    if not transposed:
+        stages, weight_stages, results = {256: (4, 3, 64), 128: (6, 4, 64), 64: (8, 6, 64), 32: (8, 6, 32)}[columns]
+        return Block(columns, split, stages, weight_stages, results, chunks=2 if columns > 64 else 4)
     if columns == 256:  # 128 sums a thread: no registers for two warpgroups of decoders
-        return Block(256, split, 1, 3, 4, 128)
-    return Block(128, split, 2, 5, 4, 128) if columns == 128 else Block(columns, split, 2, 6, 6, columns)
+        return Block(256, split, 3, 4, 128, 1)
+    return Block(128, split, 5, 4, 128, 2) if columns == 128 else Block(columns, split, 6, 6, columns, 2)
 
 
-BLOCKS = tuple(block(c, split) for c in (256, 128, 64, 32) for split in (1, 2))
+BLOCKS = tuple(
+    block(c, split, transposed) for transposed in (False, True) for c in (256, 128, 64, 32) for split in (1, 2)
+)
 """What plans choose from."""
 
 
@@ -90,8 +106,13 @@ class Memory(NamedTuple):
     @classmethod
     def of(cls, shape: Shape, b: Block) -> Memory:
         """That of a block for a shape."""
-        weight = b.stages * (b.columns * STEP * 2 + OUTPUTS * STEP * 2)
-        results = weight + b.weight_stages * OUTPUTS * STEP
+        pair = OUTPUTS * STEP
+        if b.transposed:
+            weight = b.stages * (b.columns * STEP * 2 + OUTPUTS * STEP * 2)
+        else:  # with a table for each block of the weight
+            weight = b.stages * b.columns * STEP * 2
+            pair += max(2 * STEP // shape.blocksize, 1) * OUTPUTS * 32
+        results = weight + b.weight_stages * pair
         barriers = results + 2 * b.result_columns * 128
         codes = barriers + 16 * (b.stages + b.weight_stages)
         experts = codes + (1024 if shape.nested else 0)
@@ -123,7 +144,7 @@ class Plan:
 
 
 def fits(props: DeviceProps, shape: Shape) -> bool:
-    """Whether matmul.cu can take the shape at all; alignment of the tensors is the caller's to check."""
+    """Whether a kernel can take the shape at all; alignment of the tensors is the caller's to check."""
     outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
     weight_rows = max(shape.experts, 1) * shape.n
     return (
@@ -147,24 +168,28 @@ def tiles_of(shape: Shape, b: Block) -> int:
 
 def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     """Estimated microseconds."""
-    inner = shape.n if shape.transposed else shape.k
-    steps, tiles = -(-inner // STEP), tiles_of(shape, b)
+    steps = -(-shape.n // STEP) if shape.transposed else -(-shape.k // (2 * STEP)) * 2
+    tiles = tiles_of(shape, b)
     blocks = min(props.sm_count // b.split * b.split, tiles * b.split)
     turns, rest = divmod(tiles, blocks)
     if b.split > 1 and rest * b.split <= blocks:
         busy = turns * steps + -(-steps // b.split) * (rest > 0)
     else:
         busy = (turns + (rest > 0)) * steps
-    step = _STEP_MICROSECONDS[b.columns] * (_IN_CLUSTERS if b.split > 1 else 1.0)
+    step = _STEP_MICROSECONDS[b.transposed][b.columns] * (_IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0)
     exchange = _EXCHANGE_MICROSECONDS * b.columns if b.split > 1 and rest else 0.0
     return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
 
 
 _LAUNCH_MICROSECONDS = 4.0
-_TILE_MICROSECONDS = 2.0
-_STEP_MICROSECONDS = {256: 0.80, 128: 0.53, 64: 0.455, 32: 0.42}
-"""Of a multiprocessor for one step of a tile, as measured on an H100: decoding takes most of it for few columns."""
-_IN_CLUSTERS = 1.09
+_TILE_MICROSECONDS = 1.5
+_STEP_MICROSECONDS = {
+    False: {256: 0.73, 128: 0.49, 64: 0.41, 32: 0.36},
+    True: {256: 0.80, 128: 0.53, 64: 0.455, 32: 0.42},
+}
+"""Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100: decoding takes most
+of it for few columns."""
+_IN_CLUSTERS = {False: 1.0, True: 1.09}
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""
 
@@ -173,39 +198,43 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
     """Kinds of blocks that fit the shape and the device."""
     if fits(props, shape):
         inner = shape.n if shape.transposed else shape.k
-        for b in BLOCKS:
+        for b in (b for b in BLOCKS if b.transposed == shape.transposed):
             if Memory.of(shape, b).total <= props.shared_per_block and b.split <= -(-inner // (2 * STEP)):
                 yield b
 
 
 @lru_cache(maxsize=4096)
 def plan_matmul(props: DeviceProps, shape: Shape) -> tuple[Plan, float] | None:
-    """The plan for a shape and its estimated microseconds, or None where matmul.cu cannot run."""
+    """The plan for a shape and its estimated microseconds, or None where neither kernel can run."""
     best = min(candidates(props, shape), key=lambda b: cost(props, shape, b), default=None)
     return None if best is None else (make_plan(props, shape, best), cost(props, shape, best))
 
 
 def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan:
-    """The plan for one kind of block."""
+    """The plan for one kind of block, of the shape's direction."""
     memory = Memory.of(shape, b)
     decode, product = b.registers
+    name = "matmul_transposed" if b.transposed else "matmul_forward"
+    own = (
+        {"DECODERS": b.decoders, "DECODER_REGISTERS": decode}
+        if b.transposed
+        else {"CHUNKS": b.chunks, "BUFFERS": b.buffers, "SUPPLY_REGISTERS": decode}
+    )
     spec = KernelSpec.of(
-        "matmul.cu",
-        "matmul",
+        f"{name}.cu",
+        name,
         {
             "DTYPE": shape.dtype,
             "BLOCKSIZE": shape.blocksize,
             "NESTED": int(shape.nested),
-            "TRANSPOSED": int(shape.transposed),
             "GROUPED": int(shape.experts > 0),
             "COLUMNS": b.columns,
             "SPLIT": b.split,
-            "DECODERS": b.decoders,
             "STAGES": b.stages,
             "WEIGHT_STAGES": b.weight_stages,
             "RESULT_COLUMNS": b.result_columns,
-            "DECODER_REGISTERS": decode,
             "PRODUCT_REGISTERS": product,
+            **own,
             **memory.defines(),
         },
         package="fourbit_cuda",

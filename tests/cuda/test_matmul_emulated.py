@@ -1,4 +1,4 @@
-"""matmul.cu itself, compiled for the CPU with a stand-in for sm_90a's instructions: results of every kind of block."""
+"""The kernels for many rows, compiled for the CPU with a stand-in for sm_90a's instructions: every kind of block."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from fourbit_cuda import matmul
 from fourbit_cuda.tile import Shape
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.elementwise import DTYPE_CODES
+from fourbit_gpu.spec import KernelSpec
 from tests.support import skip_or_fail
 
 EMULATOR = Path(__file__).parent / "emulator"
 CUDA = Path(fourbit_cuda.__file__).parent
-HEADERS = ("experts.h", "matmul_work.h", "matmul_ring.h", "matmul_decode.h", "matmul_results.h")
+SOURCES = (
+    *CUDA.glob("kernels/matmul_*.cu"),
+    CUDA / "include" / "experts.h",
+    *CUDA.glob("include/matmul_*.h"),
+    *EMULATOR.iterdir(),
+)
 
 if shutil.which("g++") is None:
     skip_or_fail("g++ is not there")
@@ -32,19 +38,19 @@ if shutil.which("g++") is None:
 def build(tmp_path_factory):
     """From defines to the library, compiled once."""
     folder = tmp_path_factory.mktemp("emulator")
-    for source in (CUDA / "kernels" / "matmul.cu", *(CUDA / "include" / name for name in HEADERS), *EMULATOR.iterdir()):
+    for source in SOURCES:
         if source.is_file():
             shutil.copy(source, folder)
-    built: dict[tuple, ctypes.CDLL] = {}
+    built: dict[KernelSpec, ctypes.CDLL] = {}
 
-    def made(defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
-        if defines not in built:
+    def made(spec: KernelSpec) -> ctypes.CDLL:
+        if spec not in built:
             library = folder / f"matmul{len(built)}.so"
             flags = ("-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w", "-ffp-contract=off")
-            given = (f"-D{name}={value}" for name, value in defines)
-            subprocess.run(["g++", *flags, *given, "run.cpp", "-o", library], cwd=folder, check=True)
-            built[defines] = ctypes.CDLL(str(library))
-        return built[defines]
+            kernel = (f'-DSOURCE="{spec.source}"', f"-DKERNEL={spec.name}")
+            subprocess.run(["g++", *flags, *kernel, *spec.options, "run.cpp", "-o", library], cwd=folder, check=True)
+            built[spec] = ctypes.CDLL(str(library))
+        return built[spec]
 
     return made
 
@@ -96,12 +102,14 @@ def product(
     shape: Shape,
     kind: matmul.Block,
     sms: int,
-    quant_type: str = "nf4",
-    bias: bool = False,
+    quant_type="nf4",
+    bias=False,
     ends=None,
     wide=False,
-):
-    """`(y, y of float64)` of random x and weight."""
+    chooses=False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(y, y of float64)` of a random weight and a random x, or one that `chooses`: each row one element of the inner
+    dimension."""
     generator = torch.Generator().manual_seed(shape.n + shape.k + shape.m)
     dtype = next(each for each, code in DTYPE_CODES.items() if code == shape.dtype)
     size = (*((shape.experts,) if shape.experts else ()), shape.n, shape.k)
@@ -111,13 +119,16 @@ def product(
     )
     dense = fourbit.dequantize_4bit(packed, state, dtype).double().view(-1, shape.n, shape.k)
     outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
-    x = aligned(torch.randn(shape.m, inner, generator=generator).to(dtype))
+    x = torch.randn(shape.m, inner, generator=generator)
+    if chooses:
+        x = torch.nn.functional.one_hot(torch.randint(inner, (shape.m,), generator=generator), inner)
+    x = aligned(x.to(dtype))
     out = aligned(torch.full((shape.m, outputs), float("nan"), dtype=dtype))
     packed = aligned(packed.view(-1))
     added = aligned(torch.randn(outputs, generator=generator).to(dtype))
     offsets = aligned(torch.tensor(ends or [0], dtype=torch.int64 if wide else torch.int32))
     plan = matmul.make_plan(props(sms), shape, kind)
-    ready = matmul.Ready(EmulatedKernel(build(plan.spec.defines)), plan, shape)
+    ready = matmul.Ready(EmulatedKernel(build(plan.spec)), plan, shape)
     nested = [state.nested_absmax, state.nested_code, state.nested_offset] if shape.nested else []
     scales = [each.data_ptr() for each in (state.absmax, state.code, *nested)] + [0] * (3 - len(nested))
     last = offsets.data_ptr() if shape.experts else added.data_ptr() if bias else 0
@@ -143,15 +154,21 @@ def check(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 SHAPE = Shape(70, 200, 320, 1, 64, False)  # ragged in all directions; an odd number of steps
-SMALL = matmul.block(64, 1)
-directions = pytest.mark.parametrize("transposed", (False, True), ids=("product", "gradient"))
+kinds = pytest.mark.parametrize(
+    "kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}-{DIRECTIONS[b.transposed]}"
+)
+DIRECTIONS = ("product", "gradient")
+directions = pytest.mark.parametrize("transposed", (False, True), ids=DIRECTIONS)
 
 
-@directions
-@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}")
-def test_every_kind_of_block(build, kind, transposed):
+def small(shape: Shape) -> matmul.Block:
+    return matmul.block(64, 1, shape.transposed)
+
+
+@kinds
+def test_every_kind_of_block(build, kind):
     """Two tiles of x, the second nearly empty, and more tiles than blocks, some of them shared."""
-    shape = replace(SHAPE, k=576, n=520, transposed=transposed, m=kind.columns + 9)
+    shape = replace(SHAPE, k=576, n=520, transposed=kind.transposed, m=kind.columns + 9)
     check(*product(build, shape, kind, sms=8))
 
 
@@ -162,22 +179,27 @@ def test_every_kind_of_block(build, kind, transposed):
     ((32, False), (64, True), (32, True), (128, False)),
     ids=("32", "64-double", "32-double", "128"),
 )
-def test_every_form_of_scales(build, blocksize, nested, dtype, transposed):
-    shape = replace(SHAPE, k=384, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)
-    check(*product(build, shape, SMALL, sms=3, quant_type="fp4" if blocksize == 128 else "nf4"))
+@pytest.mark.parametrize("fours", (True, False), ids=("fours", "odd"))
+def test_weights_are_those_of_dequantize(build, blocksize, nested, dtype, transposed, fours):
+    """Bit for bit, with every form of scales; rows of the weight with a multiple of four scales, and without."""
+    k = 1024 if fours else 1024 - max(blocksize, 64)
+    shape = replace(SHAPE, k=k, n=136, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)
+    quant_type = "fp4" if blocksize == 128 else "nf4"
+    y, expected = product(build, shape, small(shape), sms=3, quant_type=quant_type, chooses=True)
+    assert torch.equal(y.double(), expected)
 
 
 @pytest.mark.parametrize("n", (1, 129, 200), ids=str)
 @pytest.mark.parametrize("m", (1, 64, 65), ids=str)
 def test_bias_and_odd_sizes(build, m, n):
-    check(*product(build, replace(SHAPE, m=m, n=n), SMALL, sms=2, bias=True))
+    check(*product(build, replace(SHAPE, m=m, n=n), small(SHAPE), sms=2, bias=True))
 
 
 @pytest.mark.parametrize("k", (64, 128, 192, 448), ids=str)
 def test_few_steps(build, k):
     """Fewer than there are groups of decoders, several tiles a block."""
-    check(*product(build, replace(SHAPE, k=k, n=384), SMALL, sms=2))
-    check(*product(build, replace(SHAPE, n=k, k=384, transposed=True), SMALL, sms=2))
+    for shape in (replace(SHAPE, k=k, n=384), replace(SHAPE, n=k, k=384, transposed=True)):
+        check(*product(build, shape, small(shape), sms=2))
 
 
 @directions
@@ -192,18 +214,22 @@ def test_experts(build, ends, wide, transposed):
     shape = replace(SHAPE, m=130, experts=4, transposed=transposed)
     check(
         *product(
-            build, shape, SMALL, sms=5, ends=[min(end, 130) for end in ends] if max(ends) > 130 else ends, wide=wide
+            build,
+            shape,
+            small(shape),
+            sms=5,
+            ends=[min(end, 130) for end in ends] if max(ends) > 130 else ends,
+            wide=wide,
         )
     )
 
 
 @pytest.mark.long
-@directions
-@pytest.mark.parametrize("kind", [b for b in matmul.BLOCKS if b.split < 4], ids=lambda b: f"{b.columns}-{b.split}")
+@kinds
 @pytest.mark.parametrize("nested", (False, True), ids=("plain", "double"))
-def test_many_experts(build, kind, nested, transposed):
+def test_many_experts(build, kind, nested):
     """More than one warp plans at a time; an expert of each size there is."""
     sizes = [0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, *([1] * 30)]
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    shape = replace(SHAPE, m=ends[-1] + 3, n=136, k=192, nested=nested, experts=len(sizes), transposed=transposed)
-    check(*product(build, shape, kind, sms=6, ends=ends))
+    shape = replace(SHAPE, m=ends[-1] + 3, n=136, k=192, nested=nested, experts=len(sizes), transposed=kind.transposed)
+    check(*product(build, shape, kind, sms=8, ends=ends))

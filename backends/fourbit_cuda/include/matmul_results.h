@@ -1,6 +1,11 @@
 // Results on their way out: the sums of blocks that share a tile, one rounding, and rows of y through shared memory.
 #pragma once
-#include "matmul_ring.h"
+#include "matmul_work.h"
+
+#define NT (COLUMNS / 8)  // blocks of eight rows of x
+#define SLICES (SPLIT > 2 ? SPLIT / 2 : 1)
+#define PART (SPLIT > 1 ? NT / SLICES : NT)  // of those, what a block of a cluster finishes for one warpgroup
+#define RESULT_BYTES (RESULT_COLUMNS * 128)  // of a warpgroup's buffer
 
 // Writes COUNT blocks of eight rows of x, from block `first` on, of a warpgroup's 64 outputs.
 template <int COUNT>
@@ -70,3 +75,47 @@ FB_DEVICE void add_others(float (&d)[4], const float (&own)[4], u32 at, u32 rank
     }
 }
 #endif
+
+// Of a warpgroup's 64 outputs of a tile; what the cluster shares is added up at `exchange`, where nothing lies any more as
+// soon as all of it are here.
+FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const Tile& t, bool shared, u32 exchange, u32 buffer,
+                           u32 group, u32 thread, const u16* bias, u16* y) {
+#if SPLIT > 1
+    if (shared) {
+        // each block finishes a warpgroup's outputs for a slice of the rows of x: it gets the others' sums of these
+        const u32 rank = p.block % SPLIT;
+        const u32 mine = exchange + thread * 16;
+        __syncwarp();
+        cluster_barrier();
+#pragma unroll
+        for (u32 slice = 0; slice < SLICES; ++slice) {
+            const u32 owner = 2 * slice + group;
+            if (owner == rank) continue;
+            const u32 to = cluster_address(mine + rank * (PART * GROUP * 16), owner);
+#pragma unroll
+            for (u32 i = 0; i < PART; ++i) {
+                const float(&d)[4] = sums[slice * PART + i];
+                cluster_store4(to + i * (GROUP * 16), u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])});
+            }
+        }
+        __syncwarp();
+        cluster_barrier();
+        if (group != rank % 2) return;
+#pragma unroll
+        for (u32 slice = 0; slice < SLICES; ++slice) {
+            if (slice != rank / 2) continue;
+            constexpr u32 at_a_time = PART < 4 ? PART : 4;
+#pragma unroll
+            for (u32 first = 0; first < PART; first += at_a_time) {
+                float all[at_a_time][4];  // in sums themselves, the compiler would let products wait for one another
+#pragma unroll
+                for (u32 i = 0; i < at_a_time; ++i)
+                    add_others(all[i], sums[slice * PART + first + i], mine + (first + i) * (GROUP * 16), rank);
+                write_results<at_a_time>(all, slice * PART + first, buffer, t, group, thread, bias, y, p.outputs);
+            }
+        }
+        return;
+    }
+#endif
+    write_results<NT>(sums, 0, buffer, t, group, thread, bias, y, p.outputs);
+}

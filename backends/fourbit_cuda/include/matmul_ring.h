@@ -1,17 +1,12 @@
-// What lies in a block's shared memory, the rings and their barriers, and who has the copy engine fill them.
+// The gradient: what lies in a block's shared memory, the rings and their barriers, and who has the copy engine fill them.
 #pragma once
 #include "matmul_work.h"
 
-#define GROUP 128  // threads of a warpgroup
 #define THREADS (GROUP * (2 + DECODERS))
 #define X_BYTES (COLUMNS * STEP * 2)
 #define A_BYTES (OUTPUTS * STEP * 2)
 #define STAGE_BYTES (X_BYTES + A_BYTES)
 #define WEIGHT_BYTES (OUTPUTS * STEP)  // of a pair of steps
-#define RESULT_BYTES (RESULT_COLUMNS * 128)
-#define NT (COLUMNS / 8)
-#define SLICES (SPLIT > 2 ? SPLIT / 2 : 1)
-#define PART (SPLIT > 1 ? NT / SLICES : NT)  // of those, what a block of a cluster finishes for one warpgroup
 
 struct Ring {
     u32 ring, full, empty, weight, weight_full, weight_empty;
@@ -36,41 +31,28 @@ struct Ring {
 
 // Has the copy engine bring tiles of x, or of the packed weight, one after another. One thread's.
 struct Fetcher {
-    Work work;
-    Tile tile;
-    u32 step = 0, end = 0, count = 0;
+    Steps steps;
+    u32 count = 0;
 
-    __device__ __forceinline__ explicit Fetcher(const Problem& p) : work(p) {}
-
-    // Whether there is one more, after `by` steps.
-    __device__ __forceinline__ bool advance(const Problem& p, u32 by) {
-        step += by;
-        if (step < end) return true;
-        step = end = 0;
-        if (!work.next(p, tile)) return false;
-        end = tile.steps;
-        return true;
-    }
+    __device__ __forceinline__ explicit Fetcher(const Problem& p) : steps(p) {}
 
     // Waits until all have given back the place.
     __device__ __forceinline__ void fetch_x(const Problem& p, const Ring& r, const TensorMap& map) {
-        if (!advance(p, count > 0)) return;
+        if (!steps.advance(p, count > 0)) return;
         const u32 slot = count % STAGES, full = r.full + 8 * slot;
         barrier_wait(r.empty + 8 * slot, count / STAGES & 1 ^ 1);
         barrier_expect(full, X_BYTES);
-        copy_tile(r.ring + slot * STAGE_BYTES, map, (tile.step + step) * STEP, tile.x_row, full);
+        copy_tile(r.ring + slot * STAGE_BYTES, map, steps.inner(), steps.tile.x_row, full);
         ++count;
     }
 
     // The packed weight of a pair of steps; likewise.
     __device__ __forceinline__ void fetch_weight(const Problem& p, const Ring& r, const TensorMap& map) {
-        if (!advance(p, count > 0 ? 2 : 0)) return;
+        if (!steps.advance(p, count > 0 ? 2 : 0)) return;
         const u32 slot = count % WEIGHT_STAGES, full = r.weight_full + 8 * slot, to = r.weight + slot * WEIGHT_BYTES;
         barrier_wait(r.weight_empty + 8 * slot, count / WEIGHT_STAGES & 1 ^ 1);
         barrier_expect(full, WEIGHT_BYTES);
-        const u32 inner = (tile.step + step) * STEP;
-        if (TRANSPOSED) copy_tile(to, map, tile.output / 2, tile.weight_row + inner, full);
-        else copy_tile(to, map, inner / 2, tile.weight_row + tile.output, full);
+        copy_tile(to, map, steps.tile.output / 2, steps.tile.weight_row + steps.inner(), full);
         ++count;
     }
 };

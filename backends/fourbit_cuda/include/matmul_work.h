@@ -1,4 +1,4 @@
-// Which tiles a block works on: of 128 outputs (rows of the weight, or with TRANSPOSED its columns) and COLUMNS rows of x.
+// Which tiles a block works on: of 128 outputs (rows of the weight, or for the gradient its columns) and COLUMNS rows of x.
 //
 // Blocks take whole tiles in turn. Where at most 1 / SPLIT of the blocks would have one in the last turn, the SPLIT
 // blocks of a cluster share each of those: every one multiplies a part of the inner dimension.
@@ -9,6 +9,7 @@
 
 #define OUTPUTS 128  // of a tile
 #define STEP 64      // of the inner dimension, at a time
+#define GROUP 128    // threads of a warpgroup
 #define BAND 8       // tiles along x's rows that are worked on side by side, for the second-level cache
 
 struct Tile {
@@ -24,15 +25,30 @@ struct Problem {
 
     u32 tiles_across, tiles, whole;  // tiles along the outputs, in all, and of these those that no blocks share
 
-    __device__ __forceinline__ u32 steps() const { return (inner + STEP - 1) / STEP; }
+    // `EVEN_STEPS`: where their number is odd, one more follows, all of zeros.
+    __device__ __forceinline__ u32 steps() const {
+        return EVEN_STEPS ? (inner + 2 * STEP - 1) / (2 * STEP) * 2 : (inner + STEP - 1) / STEP;
+    }
 
-    __device__ __forceinline__ void count_tiles() {
+    // After `plan_experts`.
+    __device__ __forceinline__ Problem(u32 rows, u32 outputs, u32 inner, u32 n, u32 experts, u32 table)
+        : rows(rows),
+          outputs(outputs),
+          inner(inner),
+          n(n),
+          experts(experts),
+          table(table),
+          block(blockIdx.x),
+          blocks(gridDim.x) {
         tiles_across = (outputs + OUTPUTS - 1) / OUTPUTS;
         const u32 along = GROUPED ? shared_load(table + 4 * experts) : (rows + COLUMNS - 1) / COLUMNS;
         tiles = tiles_across * along;
         const u32 rest = tiles % blocks;
         whole = SPLIT > 1 && rest * SPLIT <= blocks ? tiles - rest : tiles;
     }
+
+    // Whether the block's cluster shares a tile at the end.
+    __device__ __forceinline__ bool shares() const { return SPLIT > 1 && whole + block / SPLIT < tiles; }
 
     // The place of tile `id`; all of its inner dimension.
     __device__ __forceinline__ Tile tile(u32 id) const {
@@ -82,7 +98,7 @@ struct Work {
         if (!shared) {
             shared = true;
             id = p.whole + p.block / SPLIT;
-            if (id < p.tiles) {
+            if (p.shares()) {
                 tile = p.tile(id);
                 // in pairs of steps, which is how the weight comes
                 const u32 rank = p.block % SPLIT, pairs = (tile.steps + 1) / 2;
@@ -96,6 +112,28 @@ struct Work {
 #endif
         return false;
     }
+};
+
+// A block's steps one after another, over all its tiles.
+struct Steps {
+    Work work;
+    Tile tile;
+    u32 step = 0, end = 0;  // of the tile
+
+    __device__ __forceinline__ explicit Steps(const Problem& p) : work(p) {}
+
+    // To the step `by` further on, or the next tile's first; false if there is none.
+    __device__ __forceinline__ bool advance(const Problem& p, u32 by) {
+        step += by;
+        if (step < end) return true;
+        step = end = 0;
+        if (!work.next(p, tile)) return false;
+        end = tile.steps;
+        return true;
+    }
+
+    // The step's first element of the inner dimension.
+    __device__ __forceinline__ u32 inner() const { return (tile.step + step) * STEP; }
 };
 
 #if GROUPED
@@ -123,5 +161,10 @@ FB_DEVICE void plan_experts(u32 table, const Offsets& offsets, u32 experts, u32 
         }
         if (thread == 0) shared_store(table + 4 * experts, tiles), shared_store(table + 4 * (3 * experts + 1), latest);
     }
+}
+
+// This block's part of the rows of y that no expert has.
+FB_DEVICE void clear_rest(u16* y, const Problem& p, u32 thread, u32 threads) {
+    clear_rest(y, shared_load(p.table + 4 * (3 * p.experts + 1)), p.rows, p.outputs, p.block, p.blocks, thread, threads);
 }
 #endif

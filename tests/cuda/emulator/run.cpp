@@ -1,5 +1,5 @@
-// matmul.cu on a CPU: `run` launches it on emulated blocks, cluster by cluster.
-#include "matmul.cu"
+// KERNEL of SOURCE on a CPU: `run` launches it on emulated blocks, cluster by cluster.
+#include SOURCE
 
 #include <functional>
 #include <pthread.h>
@@ -53,7 +53,7 @@ void run_cluster(u32 first, u32 blocks, u32 shared_bytes, const std::function<vo
 extern "C" void run(const TensorMap* maps, const void* const* addresses, const i64* sizes, u32 blocks, u32 shared_bytes) {
     for (u32 first = 0; first < blocks; first += SPLIT)
         run_cluster(first, blocks, shared_bytes, [&] {
-            matmul(maps[0], maps[1], addresses[0], (const float*)addresses[1], (const float*)addresses[2],
+            KERNEL(maps[0], maps[1], addresses[0], (const float*)addresses[1], (const float*)addresses[2],
                    (const float*)addresses[3], (const float*)addresses[4], addresses[5], (u16*)addresses[6], sizes[0],
                    sizes[1], sizes[2], sizes[3], sizes[4]);
         });

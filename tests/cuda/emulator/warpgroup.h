@@ -1,8 +1,9 @@
 // Stands in for backends/fourbit_cuda/include/warpgroup.h, so that matmul.cu runs on a CPU: one thread of the system for
-// each of a cluster's, shared memory as bytes, products and copies done at once where they are started.
+// each of a cluster's, shared memory as bytes, copies done at once where they are started, and products where they are
+// waited for: as late as they may be.
 //
-// What it shows: results, for any shape; that no thread waits for what never comes. What it cannot show: a read that comes
-// too early for the hardware, which does copies and products later.
+// What it shows: results, for any shape; that no thread waits for what never comes; operands that are overwritten, and sums
+// that are read, before a wait. What it cannot show: a read that comes too early for the copies of the hardware.
 #pragma once
 #include <cmath>
 #include <condition_variable>
@@ -10,6 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -107,6 +110,7 @@ FB_DEVICE u8* bytes_at(u32 p, u32 count) {
 }
 FB_DEVICE u32 shared_address(const void*) { return cluster_rank << WINDOW | 1024; }
 FB_DEVICE u32 same_in_wave(u32 v) { return v; }
+FB_DEVICE bool same_in_wave(bool v) { return v; }
 FB_DEVICE void __syncwarp() { warp->all.meet(); }
 FB_DEVICE void block_barrier() { block->all.meet(); }
 FB_DEVICE void group_barrier(u32 id) { block->groups[id].meet(); }
@@ -155,6 +159,9 @@ FB_DEVICE void barrier_arrive(u32 p) {
     Mbarrier& b = barrier_at(p);
     if (++b.arrivals > b.expected) fail("too many arrivals at mbarrier", p);
     end_phase_if_complete(b);
+}
+FB_DEVICE void barrier_arrive(u32 p, bool who) {
+    if (who) barrier_arrive(p);
 }
 FB_DEVICE void barrier_expect(u32 p, u32 bytes) {
     std::lock_guard lock(block->mutex);
@@ -252,6 +259,7 @@ FB_DEVICE u32 float_to_f16(float v) {
 FB_DEVICE u32 floats_to_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
 FB_DEVICE u32 floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
 FB_DEVICE void settle(float&) {}
+FB_DEVICE void settle(u32&) {}
 FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     const u64 both = (u64)high << 32 | low;
     u32 v = 0;
@@ -262,10 +270,6 @@ FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     return v;
 }
 FB_DEVICE u32 upper_half(u32 v) { return v >> 16; }
-template <u32 mask, u32 bits>
-FB_DEVICE u32 and_or(u32 v) {
-    return v & mask | bits;
-}
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
@@ -281,11 +285,9 @@ FB_DEVICE float element(u64 operand, u32 row, u32 k, bool transposed) {
     memcpy(&v, bytes_at(p, 2), 2);
     return DTYPE == FB_BF16 ? bf16_to_float(v) : f16_to_float(v);
 }
-FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], u64 a, u64 x, u32 more) {
-    const u32 lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    float rows[2][16];
-    for (u32 i = 0; i < 2; ++i)
-        for (u32 k = 0; k < 16; ++k) rows[i][k] = element(a, first + 8 * i, k, A_TRANSPOSED);
+// d += rows times x transposed, of this lane's elements; `rows`: the 16 elements of both of its rows.
+FB_DEVICE void multiply(float (&d)[COLUMNS / 8][4], const float (&rows)[2][16], u64 x, u32 more) {
+    const u32 lane = threadIdx.x % 32;
     for (u32 n = 0; n < COLUMNS / 8; ++n)
         for (u32 c = 0; c < 2; ++c) {
             float column[16];
@@ -297,11 +299,52 @@ FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], u64 a, u64 x, u32 more)
             }
         }
 }
-FB_DEVICE void products_fence() {}
-FB_DEVICE void products_commit() {}
-template <int>
+
+// Products that a thread has started: not committed yet, and committed in groups.
+inline thread_local std::vector<std::function<void()>> started;
+inline thread_local std::deque<std::vector<std::function<void()>>> groups;
+inline thread_local bool fenced = false;  // since operands in registers, or sums, were written
+
+FB_DEVICE void start(std::function<void()> product) {
+    if (!fenced) fail("a product without a fence", 0);
+    started.push_back(product);
+}
+FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], const u32 (&a)[4], u64 x, u32 more) {
+    start([&d, &a, x, more] {
+        const u32 lane = threadIdx.x % 32;
+        for (u32 i = 0; i < 4; ++i) warp->values[lane][i] = a[i];
+        __syncwarp();
+        float rows[2][16];
+        for (u32 k = 0; k < 16; ++k)
+            for (u32 i = 0; i < 2; ++i) {
+                const u32 pair = warp->values[lane / 4 * 4 + k % 8 / 2][k / 8 * 2 + i], v = pair >> 16 * (k % 2) & 0xffff;
+                rows[i][k] = DTYPE == FB_BF16 ? bf16_to_float(v) : f16_to_float(v);
+            }
+        __syncwarp();
+        multiply(d, rows, x, more);
+    });
+}
+FB_DEVICE void start_product(float (&d)[COLUMNS / 8][4], u64 a, u64 x, u32 more) {
+    start([&d, a, x, more] {
+        const u32 first = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        float rows[2][16];
+        for (u32 i = 0; i < 2; ++i)
+            for (u32 k = 0; k < 16; ++k) rows[i][k] = element(a, first + 8 * i, k, true);
+        multiply(d, rows, x, more);
+    });
+}
+FB_DEVICE void products_fence() { fenced = true; }
+FB_DEVICE void products_commit() {
+    groups.push_back(std::move(started));
+    started.clear();
+    fenced = false;
+}
+template <int pending>
 FB_DEVICE void products_wait() {
     __syncwarp();  // a warp's products are one instruction
+    for (; groups.size() > pending; groups.pop_front())
+        for (auto& product : groups.front()) product();
+    __syncwarp();
 }
 
 FB_DEVICE void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {

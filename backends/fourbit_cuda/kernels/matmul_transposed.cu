@@ -1,16 +1,16 @@
-// linear_4bit for many rows of x, and its gradient: y [M, N] = x [M, K] times the transposed weight [N, K], plus bias
-// [N]; with TRANSPOSED y [M, K] = x [M, N] times the weight. For sm_90a: wgmma with both operands in shared memory.
+// The gradient for x of linear_4bit and of experts: y [M, K] = x [M, N] times the weight [N, K]. For sm_90a: wgmma with both
+// operands in shared memory.
 //
 // One or two warpgroups (DECODERS; they take turns) decode the weight, step by step of 64 of the inner dimension, into
-// tiles of 128 outputs x 64 of 16-bit values; two others multiply them by tiles of x. The copy engine brings tiles of x
+// tiles of 64 x 128 outputs of 16-bit values; two others multiply them by tiles of x. The copy engine brings tiles of x
 // and, for a pair of steps at a time, of the packed weight. A ring of STAGES (x tile, decoded tile) lies between: "full"
 // barriers count the copy and the decoding group's four warps, "empty" ones the eight warps that multiply. The packed
 // weight has a ring and barriers of its own.
 //
-// Defines: DTYPE, BLOCKSIZE, NESTED, TRANSPOSED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128 or 256), DECODERS,
-// SPLIT (blocks of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way
-// out at a time), and those of `Memory` in matmul.py: *_AT.
-#define A_TRANSPOSED TRANSPOSED
+// Defines: DTYPE, BLOCKSIZE, NESTED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128 or 256), DECODERS, SPLIT (blocks
+// of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way out at a
+// time), DECODER_REGISTERS, PRODUCT_REGISTERS, and those of `Memory` in matmul.py: *_AT.
+#define EVEN_STEPS 0
 #include "matmul_decode.h"
 #include "matmul_results.h"
 
@@ -53,14 +53,14 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
     Work work(p);
     Tile t;
     while (work.next(p, t)) {
-        const Place64 place(t, thread, p.n, k);
+        const Place64 place(t, thread, k);
         Scale next[mine][BLOCKS];
         auto ask = [&](u32 step) {
 #pragma unroll
             for (u32 h = 0; h < mine; ++h)
 #pragma unroll
                 for (u32 b = 0; b < BLOCKS; ++b)
-                    next[h][b] = scales.ask(place.block(step + h, k) + b, place.there(t, step + h, p.n));
+                    next[h][b] = ask_scale(scales, place.block(step + h, k) + b, place.there(t, step + h, p.n));
         };
         const u32 start = (group + DECODERS - base % DECODERS) % DECODERS;
         ask(start);
@@ -70,7 +70,8 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
 #pragma unroll
             for (u32 h = 0; h < mine; ++h)
 #pragma unroll
-                for (u32 b = 0; b < BLOCKS; ++b) scale[h][b] = scales.get(next[h][b], place.there(t, step + h, p.n));
+                for (u32 b = 0; b < BLOCKS; ++b)
+                    scale[h][b] = get_scale(scales, next[h][b], place.there(t, step + h, p.n));
             ask(step + mine * DECODERS);
             const u32 pair = pair_base + step / 2;
             wait_for(pair);
@@ -93,14 +94,10 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) {
                     if (i == 1 && BLOCKS == 2) values.build(code, scale[h][BLOCKS - 1]);
-                    const u32x4& w = words[h][i];
-                    u32x4 a, b;
-                    values.decode(w.x, w.y, a, b);
-                    shared_store4(to + ((4 * i + 0 ^ thread & 7) << 4), a);
-                    shared_store4(to + ((4 * i + 1 ^ thread & 7) << 4), b);
-                    values.decode(w.z, w.w, a, b);
-                    shared_store4(to + ((4 * i + 2 ^ thread & 7) << 4), a);
-                    shared_store4(to + ((4 * i + 3 ^ thread & 7) << 4), b);
+                    const u32 w[4] = {words[h][i].x, words[h][i].y, words[h][i].z, words[h][i].w};
+#pragma unroll
+                    for (u32 c = 0; c < 4; ++c)
+                        shared_store4(to + ((4 * i + c ^ thread & 7) << 4), values.decode(w[c]));
                 }
                 async_fence();  // the tensor cores read it
                 __syncwarp();
@@ -114,7 +111,7 @@ FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& ma
 
 // What the other two warpgroups do.
 FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& map, u32 shared, u32 group, u32 thread,
-                              const u16* bias, u16* y) {
+                              u16* y) {
     const u32 lane = thread % 32;
     const bool fetches = group == 0 && thread == 0;
     Fetcher fetcher(p);
@@ -136,7 +133,7 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
             products_fence();
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                start_product(sums, a_at + i * (TRANSPOSED ? 128 : 2), x_at + i * 2, step + i);
+                start_product(sums, a_at + i * 128, x_at + i * 2, step + i);
             products_commit();
             products_wait<1>();
             if (step > 0) {
@@ -154,55 +151,17 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
         for (int i = 0; i < NT; ++i)
 #pragma unroll
             for (int c = 0; c < 4; ++c) settle(sums[i][c]);
-#if SPLIT > 1
-        if (work.shared) {
-            // each block finishes a warpgroup's outputs for a slice of the rows of x: it gets the others' sums of these
-            const u32 rank = p.block % SPLIT;
-            const u32 mine = r.ring + thread * 16;
-            __syncwarp();
-            cluster_barrier();  // nobody needs the ring any more
-#pragma unroll
-            for (u32 slice = 0; slice < SLICES; ++slice) {
-                const u32 owner = 2 * slice + group;
-                if (owner == rank) continue;
-                const u32 to = cluster_address(mine + rank * (PART * GROUP * 16), owner);
-#pragma unroll
-                for (u32 i = 0; i < PART; ++i) {
-                    const float(&d)[4] = sums[slice * PART + i];
-                    cluster_store4(to + i * (GROUP * 16), u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])});
-                }
-            }
-            __syncwarp();
-            cluster_barrier();
-            if (group != rank % 2) continue;
-#pragma unroll
-            for (u32 slice = 0; slice < SLICES; ++slice) {
-                if (slice != rank / 2) continue;
-                constexpr u32 at_a_time = PART < 4 ? PART : 4;
-#pragma unroll
-                for (u32 first = 0; first < PART; first += at_a_time) {
-                    float all[at_a_time][4];  // in sums themselves, the compiler would let products wait for one another
-#pragma unroll
-                    for (u32 i = 0; i < at_a_time; ++i)
-                        add_others(all[i], sums[slice * PART + first + i], mine + (first + i) * (GROUP * 16), rank);
-                    write_results<at_a_time>(all, slice * PART + first, buffer, t, group, thread, bias, y, p.outputs);
-                }
-            }
-            continue;
-        }
-#endif
-        write_results<NT>(sums, 0, buffer, t, group, thread, bias, y, p.outputs);
+        finish_tile(sums, p, t, work.shared, r.ring, buffer, group, thread, nullptr, y);
     }
 }
 
-// x [rows, inner] and y [rows, outputs] in DTYPE, of which x_map describes x in boxes of 64 x COLUMNS; w_map packed u8
-// [E * N, K / 2] in boxes of 64 bytes x 128 rows; `last`: bias [N] or null; with GROUPED offsets [E], int64 if
-// `wide`, else int32, with `experts` E. K is a multiple of 64 and of BLOCKSIZE.
+// x [rows, n] and y [rows, k] in DTYPE, of which x_map describes x in boxes of 64 x COLUMNS; w_map packed u8 [E * N, K / 2]
+// in boxes of 64 bytes x 128 rows; `last`: with GROUPED offsets [E], int64 if `wide`, else int32,
+// with `experts` E. K is a multiple of 64 and of BLOCKSIZE.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
-    matmul(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const void* absmax,
-           const float* code, const float* nested_absmax, const float* nested_code, const float* nested_offset,
-           const void* last, u16* y, i64 rows, i64 n, i64 k, i64 experts,
-           i64 wide) {
+    matmul_transposed(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const void* absmax,
+                      const float* code, const float* nested_absmax, const float* nested_code, const float* nested_offset,
+                      const void* last, u16* y, i64 rows, i64 n, i64 k, i64 experts, i64 wide) {
     extern __shared__ __align__(1024) u8 shared_[];
     const u32 shared = shared_address(shared_);
     if (shared & 1023) trap();
@@ -220,25 +179,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
 #endif
     block_barrier();
 
-    Problem p;
-    p.rows = (u32)rows, p.n = (u32)n, p.experts = (u32)experts, p.table = shared + EXPERTS_AT;
-    p.outputs = (u32)(TRANSPOSED ? k : n), p.inner = (u32)(TRANSPOSED ? n : k);
-    p.block = blockIdx.x, p.blocks = gridDim.x;
-    p.count_tiles();
-
+    const Problem p((u32)rows, (u32)k, (u32)n, (u32)n, (u32)experts, shared + EXPERTS_AT);
     if (role >= 2) {
         if (DECODERS < 4) registers_decrease<DECODER_REGISTERS>();  // with four all have what they need
         const ScaleSource scales = {absmax, nested_absmax, shared + CODES_AT, NESTED ? *nested_offset : 0.0f};
         decode_tiles(p, ring, w_map, code, scales, role - 2, thread % GROUP, (u32)k);
-#if SPLIT > 1
-        __syncwarp();
-        if (p.whole + p.block / SPLIT < p.tiles) cluster_barrier(), cluster_barrier();
-#endif
+        if (p.shares()) {
+            __syncwarp();
+            cluster_barrier(), cluster_barrier();
+        }
     } else {
         if (DECODERS < 4) registers_increase<PRODUCT_REGISTERS>();
-        multiply_tiles(p, ring, x_map, shared, role, thread % GROUP, GROUPED ? 0 : (const u16*)last, y);
+        multiply_tiles(p, ring, x_map, shared, role, thread % GROUP, y);
 #if GROUPED
-        clear_rest(y, shared_load(p.table + 4 * (3 * p.experts + 1)), p.rows, p.outputs, p.block, p.blocks, thread, 2 * GROUP);
+        clear_rest(y, p, thread, 2 * GROUP);
 #endif
     }
 }
