@@ -187,8 +187,8 @@ _STEP_MICROSECONDS = {
     False: {256: 0.73, 128: 0.49, 64: 0.41, 32: 0.36},
     True: {256: 0.80, 128: 0.53, 64: 0.455, 32: 0.42},
 }
-"""Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100: decoding takes most
-of it for few columns."""
+"""Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100; for few columns
+decoding takes most of it."""
 _IN_CLUSTERS = {False: 1.0, True: 1.09}
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""

@@ -154,15 +154,21 @@ def check(y: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 SHAPE = Shape(70, 200, 320, 1, 64, False)  # ragged in all directions; an odd number of steps
-kinds = pytest.mark.parametrize(
-    "kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}-{DIRECTIONS[b.transposed]}"
-)
 DIRECTIONS = ("product", "gradient")
 directions = pytest.mark.parametrize("transposed", (False, True), ids=DIRECTIONS)
 
 
 def small(shape: Shape) -> matmul.Block:
     return matmul.block(64, 1, shape.transposed)
+
+
+SHORT = (matmul.block(32, 1), matmul.block(64, 2), matmul.block(32, 2, True), matmul.block(64, 1, True))
+"""What runs without --long: threads by the hundred take their time on few cores."""
+kinds = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(b, marks=() if b in SHORT else pytest.mark.long) for b in matmul.BLOCKS],
+    ids=lambda b: f"{b.columns}-{b.split}-{DIRECTIONS[b.transposed]}",
+)
 
 
 @kinds
@@ -173,7 +179,7 @@ def test_every_kind_of_block(build, kind):
 
 
 @directions
-@pytest.mark.parametrize("dtype", (1, 2), ids=("bf16", "fp16"))
+@pytest.mark.parametrize("dtype", (1, pytest.param(2, marks=pytest.mark.long)), ids=("bf16", "fp16"))
 @pytest.mark.parametrize(
     "blocksize, nested",
     ((32, False), (64, True), (32, True), (128, False)),
@@ -203,7 +209,7 @@ def test_few_steps(build, k):
 
 
 @directions
-@pytest.mark.parametrize("wide", (False, True), ids=("int32", "int64"))
+@pytest.mark.parametrize("wide", (False, pytest.param(True, marks=pytest.mark.long)), ids=("int32", "int64"))
 @pytest.mark.parametrize(
     "ends",
     ([0, 70, 70, 100], [3, 2, 90, 90], [130, 130, 130, 130], [0, 0, 0, 0], [5, 10, 15, 300]),
