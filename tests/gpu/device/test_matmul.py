@@ -32,10 +32,10 @@ def quantized(shape, dtype, device, **options):
 
 
 def check(y, x, dense):
-    """`dense` [in, out]. Sums of float32, rounded once."""
+    """`dense` [in, out]. Sums of float32 as tensor cores make them, rounded once."""
     expected = x.double() @ dense.double()
     rounding = torch.finfo(y.dtype).eps / 2
-    assert ((y.double() - expected).abs() <= 1.01 * rounding * expected.abs() + 1e-5 * expected.abs().max()).all()
+    assert ((y.double() - expected).abs() <= 1.01 * rounding * expected.abs() + 1e-4 * expected.abs().max()).all()
 
 
 def check_close(y, x, dense, bias=0.0):
