@@ -101,6 +101,16 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
     XCopies x(p);
     if (copies_x)
         for (u32 i = 0; i < in_front; ++i) x.pair(p, r, x_map);
+    auto copy_weight = [&](u32 at, const Tile& t, u32 step) {
+        const u32 full = r.weight_full + 8 * at;
+        barrier_expect(full, PACKED_BYTES);
+        copy_tile(r.weight + at * WEIGHT_BYTES, w_map, step * STEP / 2, t.weight_row + t.output, full);
+    };
+    if (copies_weight) {  // all that there is room for, before the first scales are here
+        Steps steps(p);
+        for (u32 i = 0; i < WEIGHT_STAGES && steps.advance(p, i > 0 ? 2 : 0); ++i)
+            copy_weight(i, steps.tile, steps.tile.step + steps.step);
+    }
     __syncwarp();
     float code[16];
 #pragma unroll
@@ -108,7 +118,7 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
     const u32 blocks = k / BLOCKSIZE;  // of a row
     const bool aligned = blocks % 4 == 0 && ((u64)scales.absmax & (NESTED ? 3 : 15)) == 0;
     Place<WEIGHT_STAGES> place;
-    u32 done = 0;
+    u32 again = 0;  // whether places have been filled before
     Work work(p);
     Tile t;
     while (work.next(p, t)) {
@@ -124,25 +134,23 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
             const u32 last_step = (index + 1) * 4 * BLOCKSIZE / STEP, until = last_step < end ? last_step : end;
 #pragma unroll 1
             for (; step < until; step += 2) {
-                const u32 full = r.weight_full + 8 * place.at, to = r.weight + place.at * WEIGHT_BYTES;
                 barrier_wait(r.weight_empty + 8 * place.at, place.parity ^ 1);
-                if (copies_weight) {
-                    barrier_expect(full, PACKED_BYTES);
-                    copy_tile(to, w_map, step * STEP / 2, t.weight_row + t.output, full);
-                }
+                again |= place.parity;
+                if (copies_weight && again) copy_weight(place.at, t, step);
                 __syncwarp();
+                const u32 to = r.weight + place.at * WEIGHT_BYTES + PACKED_BYTES + thread * 16;
 #pragma unroll
                 for (u32 i = 0; i < TABLES; ++i) {
                     Values values;
                     values.build(code, mine.get(four, step * STEP / BLOCKSIZE, i));
-                    store_values(to + PACKED_BYTES + i * TABLE_BYTES + thread * 16, values);
+                    store_values(to + i * TABLE_BYTES, values);
                 }
                 __syncwarp();
-                barrier_arrive(full, first);
-                // the pair before was given back WEIGHT_STAGES pairs ago: x for as many further on is due
-                if (copies_x && done >= WEIGHT_STAGES) x.pair(p, r, x_map);
+                barrier_arrive(r.weight_full + 8 * place.at, first);
+                // what was in the place before has been multiplied, or soon will: its x goes, too
+                if (copies_x && again) x.pair(p, r, x_map);
                 __syncwarp();
-                ++done, place.next();
+                place.next();
             }
             four = AHEAD > 1 ? later : last, later = last;
             ++index;

@@ -1,4 +1,4 @@
-// Stands in for backends/fourbit_cuda/include/warpgroup.h, so that matmul.cu runs on a CPU: one thread of the system for
+// Stands in for backends/fourbit_cuda/include/warpgroup.h, so that matmul_*.cu run on a CPU: one thread of the system for
 // each of a cluster's, shared memory as bytes, copies done at once where they are started, and products where they are
 // waited for: as late as they may be.
 //
