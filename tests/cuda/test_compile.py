@@ -130,7 +130,8 @@ def compiled(spec: KernelSpec, text: str, headers: dict[str, str], options: tupl
 def test_products_that_wait_for_one_another_would_be_seen():
     """Sums that other code changes in a path that not all threads take."""
     text = """
-#define PRODUCT asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;" \\
+#define PRODUCT asm volatile( \\
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;" \\
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
     extern "C" __global__ void k(float* p, unsigned long long a, unsigned long long b, int n) {
         float d[4] = {};
