@@ -11,7 +11,6 @@ import fourbit
 
 matmul = pytest.importorskip("fourbit_cuda.matmul")
 DTYPES = {torch.bfloat16: 1, torch.float16: 2}
-directions = pytest.mark.parametrize("transposed", (False, True), ids=("product", "gradient"))
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +25,7 @@ def launcher(device):
 
 def quantized(shape, dtype, device, **options):
     """Packed, state, and the weight that they stand for."""
+    torch.manual_seed(0)
     w = torch.randn(shape, device=device, dtype=dtype)
     packed, state = fourbit.quantize_4bit(w, **options)
     return packed, state, fourbit.dequantize_4bit(packed, state, dtype).view(shape)
@@ -39,33 +39,34 @@ def check(y, x, dense):
 
 
 def check_close(y, x, dense, bias=0.0):
-    """The kernel for few rows multiplies weights that are not rounded: nearer to the codes, farther from `dense`."""
+    """The kernel for few rows multiplies other weights, rounded before their scale: as near, but not equal, to `dense`."""
     expected = x.double() @ dense.double() + bias
-    assert (y.double() - expected).norm() <= 3e-3 * expected.norm()
+    assert (y.double() - expected).norm() <= 4e-3 * expected.norm()
     assert ((y.double() - expected).abs() <= 0.02 * expected.abs().max()).all()
 
 
-@directions
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}")
-def test_every_kind_of_block(launcher, device, kind, dtype, transposed):
+@pytest.mark.parametrize(
+    "kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}-{'gradient' if b.transposed else 'product'}"
+)
+def test_every_kind_of_block(launcher, device, kind, dtype):
     from fourbit_cuda.tile import Shape
 
     for (n, k), blocksize, nested in (((4304, 1152), 64, False), ((520, 4096), 4096, True), ((136, 192), 32, True)):
         packed, state, dense = quantized((n, k), dtype, device, blocksize=blocksize, double_quant=nested)
-        inner, outputs = (n, k) if transposed else (k, n)
+        inner, outputs = (n, k) if kind.transposed else (k, n)
         nested_at = (
             [t.data_ptr() for t in (state.nested_absmax, state.nested_code, state.nested_offset)] if nested else []
         )
         for rows in (1, 65, 513):
             x = torch.randn(rows, inner, device=device, dtype=dtype)
             y = torch.full((rows, outputs), float("nan"), device=device, dtype=dtype)
-            shape = Shape(rows, n, k, DTYPES[dtype], blocksize, nested, transposed=transposed)
+            shape = Shape(rows, n, k, DTYPES[dtype], blocksize, nested, transposed=kind.transposed)
             plan = matmul.make_plan(launcher.props, shape, kind)
             ready = matmul.Ready(launcher.kernel(plan.spec, plan.shared_bytes), plan, shape)
             scales = (state.absmax.data_ptr(), state.code.data_ptr(), *(nested_at or (0, 0, 0)))
             ready(x.data_ptr(), packed.data_ptr(), scales, 0, y.data_ptr())
-            check(y, x, dense if transposed else dense.T)
+            check(y, x, dense if kind.transposed else dense.T)
 
 
 @pytest.mark.parametrize("rows", (33, 129, 512, 2100))
