@@ -19,6 +19,11 @@ FEW_ROWS = 128
 is no kernel for many."""
 
 
+MANY_FROM = 32
+"""Up to so many rows the kernel for few was faster than that for many on every shape measured, where the models of their
+times come too near each other."""
+
+
 @lru_cache(maxsize=4096)
 def route(props: DeviceProps, shape: Shape) -> Route:
     """The way of a product with `shape.m` > 0 rows of x, of 16-bit floats or, by pieces alone, of float32."""
@@ -27,7 +32,9 @@ def route(props: DeviceProps, shape: Shape) -> Route:
     few = plan.plan_linear(props, shape) if shape.m <= most and not shape.transposed else None
     if many is None:
         return few
-    ways: list[tuple[float, Route]] = [(many[1], many[0])]
+    ways: list[tuple[float, Route]] = []
+    if shape.experts or few is None or shape.m > MANY_FROM:
+        ways.append((many[1], many[0]))
     if not shape.experts:
         ways.append((pieces_microseconds(props, shape), None))
     if few is not None:

@@ -39,7 +39,7 @@ def check(y, x, dense):
 
 
 def check_close(y, x, dense, bias=0.0):
-    """The kernel for few rows multiplies other weights, rounded before their scale: as near, but not equal, to `dense`."""
+    """The kernel for few rows rounds codes, and not weights: as near to them as `dense`, but not equal to it."""
     expected = x.double() @ dense.double() + bias
     assert (y.double() - expected).norm() <= 4e-3 * expected.norm()
     assert ((y.double() - expected).abs() <= 0.02 * expected.abs().max()).all()
