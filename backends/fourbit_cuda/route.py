@@ -20,8 +20,8 @@ is no kernel for many."""
 
 
 MANY_FROM = 32
-"""Up to so many rows the kernel for few was faster than that for many on every shape measured, where the models of their
-times come too near each other."""
+"""Up to so many rows the kernel for few was faster than that for many on every shape measured, and the models of their
+times are not exact enough to tell."""
 
 
 @lru_cache(maxsize=4096)
