@@ -76,7 +76,7 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Rings& r, u32 shared, u32 
     Work work(p);
     Tile t;
     while (same_in_wave(work.next(p, t))) {
-        float sums[NT][4];
+        float sums[NT][4] = {};  // NVRTC 12 lets products wait for one another where they begin with nothing
         auto load_first = [&] {
             barrier_wait(r.weight_full + 8 * weight.at, weight.parity);
             operand.load(r.weight + weight.at * WEIGHT_BYTES, 0);

@@ -123,7 +123,7 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
     Work work(p);
     Tile t;
     while (work.next(p, t)) {
-        float sums[NT][4];
+        float sums[NT][4] = {};  // NVRTC 12 lets products wait for one another where they begin with nothing
 #pragma unroll 1
         for (u32 step = 0; step < t.steps; ++step) {
             const u32 it = base + step, stage = it % STAGES;
