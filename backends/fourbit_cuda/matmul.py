@@ -22,9 +22,6 @@ OUTPUTS = 128
 STEP = 64
 """Elements of the inner dimension at a time."""
 
-_RESERVED = 1 << 10
-"""Shared memory that the driver keeps of every block's, beyond what a block may have."""
-
 
 @dataclass(frozen=True)
 class Block:
@@ -32,7 +29,7 @@ class Block:
 
     Attributes:
         columns: rows of x in a tile: 32, 64, 128 or 256.
-        split: blocks of a cluster, which share the last tiles.
+        split: blocks of a cluster, which share the last tiles: 1 or 2.
         stages: tiles of x on their way; of the gradient, and of the decoded weight.
         weight_stages: pairs of steps of the weight on their way.
         result_columns: rows of x whose results leave at a time.
@@ -65,7 +62,7 @@ class Block:
         """Of a thread that decodes or brings, and of one that multiplies: together what all have at the launch."""
         if not self.transposed:
             return (72, 216) if self.columns == 256 else (88, 208)
-        return {1: (88, 208), 2: (112, 144), 3: (80, 120), 4: (80, 80)}[self.decoders]
+        return {1: (88, 208), 2: (112, 144)}[self.decoders]
 
 
 def block(columns: int, split: int, transposed: bool = False) -> Block:

@@ -168,3 +168,27 @@ FB_DEVICE void clear_rest(u16* y, const Problem& p, u32 thread, u32 threads) {
     clear_rest(y, shared_load(p.table + 4 * (3 * p.experts + 1)), p.rows, p.outputs, p.block, p.blocks, thread, threads);
 }
 #endif
+
+#if SPLIT > 1
+#define CLUSTER __cluster_dims__(SPLIT, 1, 1)  // of the blocks that share tiles
+#else
+#define CLUSTER
+#endif
+
+// What a block does first, all of its threads; until it returns nothing is read that the launch before may write.
+template <class R>
+FB_DEVICE void begin(const R& rings, const TensorMap& x_map, const TensorMap& w_map, u32 shared, u32 thread,
+                     const float* nested_code, const void* last, i64 rows, i64 experts, i64 wide) {
+    if (shared & 1023) trap();
+    if (thread == 0) rings.init();
+    if (thread == GROUP) prefetch_map(x_map), prefetch_map(w_map);
+    after_previous();
+    let_next_start();
+#if GROUPED
+    plan_experts(shared + EXPERTS_AT, Offsets{last, wide != 0}, (u32)experts, (u32)rows, thread);
+#endif
+#if NESTED
+    if (thread < 256) shared_store(shared + CODES_AT + 4 * thread, bits_of(nested_code[thread]));
+#endif
+    block_barrier();
+}

@@ -13,12 +13,6 @@
 #include "matmul_supply.h"
 #include "matmul_results.h"
 
-#if SPLIT > 1
-#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#else
-#define CLUSTER
-#endif
-
 // What a lane decodes of a pair of steps, for the rows g = lane / 4 and g + 8 of its warp's 16: in each word, which has
 // eight elements, byte lane % 4. Two words are 16 elements of the inner dimension, those of a product.
 struct Operand {
@@ -136,20 +130,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
                    const void* last, u16* y, i64 rows, i64 n, i64 k, i64 experts, i64 wide) {
     extern __shared__ __align__(1024) u8 shared_[];
     const u32 shared = shared_address(shared_);
-    if (shared & 1023) trap();
     const u32 thread = threadIdx.x, role = same_in_wave(thread / GROUP);
     const Rings rings(shared);
-    if (thread == 0) rings.init();
-    if (thread == GROUP) prefetch_map(x_map), prefetch_map(w_map);
-    after_previous();
-    let_next_start();
-#if GROUPED
-    plan_experts(shared + EXPERTS_AT, Offsets{last, wide != 0}, (u32)experts, (u32)rows, thread);
-#endif
-#if NESTED
-    if (thread < 256) shared_store(shared + CODES_AT + 4 * thread, bits_of(nested_code[thread]));
-#endif
-    block_barrier();
+    begin(rings, x_map, w_map, shared, thread, nested_code, last, rows, experts, wide);
 
     const Problem p((u32)rows, (u32)n, (u32)k, (u32)n, (u32)experts, shared + EXPERTS_AT);
     if (role == 2) {

@@ -14,12 +14,6 @@
 #include "matmul_decode.h"
 #include "matmul_results.h"
 
-#if SPLIT > 1
-#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-#else
-#define CLUSTER
-#endif
-
 // What decoders do; `group`: which of the DECODERS warpgroups. Several take the steps in turn, one both of a pair.
 FB_DEVICE void decode_tiles(const Problem& p, const Ring& r, const TensorMap& map, const float* code_,
                             const ScaleSource& scales, u32 group, u32 thread, u32 k) {
@@ -164,24 +158,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
                       const void* last, u16* y, i64 rows, i64 n, i64 k, i64 experts, i64 wide) {
     extern __shared__ __align__(1024) u8 shared_[];
     const u32 shared = shared_address(shared_);
-    if (shared & 1023) trap();
     const u32 thread = threadIdx.x, role = same_in_wave(thread / GROUP);
     const Ring ring(shared);
-    if (thread == 0) ring.init();
-    if (thread == GROUP) prefetch_map(x_map), prefetch_map(w_map);
-    after_previous();
-    let_next_start();
-#if GROUPED
-    plan_experts(shared + EXPERTS_AT, Offsets{last, wide != 0}, (u32)experts, (u32)rows, thread);
-#endif
-#if NESTED
-    if (thread < 256) shared_store(shared + CODES_AT + 4 * thread, bits_of(nested_code[thread]));
-#endif
-    block_barrier();
+    begin(ring, x_map, w_map, shared, thread, nested_code, last, rows, experts, wide);
 
     const Problem p((u32)rows, (u32)k, (u32)n, (u32)n, (u32)experts, shared + EXPERTS_AT);
     if (role >= 2) {
-        if (DECODERS < 4) registers_decrease<DECODER_REGISTERS>();  // with four all have what they need
+        registers_decrease<DECODER_REGISTERS>();
         const ScaleSource scales = {absmax, nested_absmax, shared + CODES_AT, NESTED ? *nested_offset : 0.0f};
         decode_tiles(p, ring, w_map, code, scales, role - 2, thread % GROUP, (u32)k);
         if (p.shares()) {
@@ -189,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
             cluster_barrier(), cluster_barrier();
         }
     } else {
-        if (DECODERS < 4) registers_increase<PRODUCT_REGISTERS>();
+        registers_increase<PRODUCT_REGISTERS>();
         multiply_tiles(p, ring, x_map, shared, role, thread % GROUP, y);
 #if GROUPED
         clear_rest(y, p, thread, 2 * GROUP);

@@ -170,10 +170,6 @@ FB_DEVICE void barrier_expect(u32 p, u32 bytes) {
     b.bytes += bytes;
     end_phase_if_complete(b);
 }
-FB_DEVICE bool barrier_passed(u32 p, u32 parity) {
-    std::lock_guard lock(block->mutex);
-    return barrier_at(p).phase != parity;
-}
 FB_DEVICE void barrier_wait(u32 p, u32 parity) {
     std::unique_lock lock(block->mutex);
     Mbarrier& b = barrier_at(p);
@@ -269,7 +265,6 @@ FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     }
     return v;
 }
-FB_DEVICE u32 upper_half(u32 v) { return v >> 16; }
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
