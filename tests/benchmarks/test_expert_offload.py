@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from fourbit.nn import ExpertWeights4bit, Linear4bit
-from tests.support import installed, skip_or_fail
+from tests.support import need
 
-for package in ("transformers", "peft"):
-    if not installed(package):
-        skip_or_fail(f"{package} is not installed: pip install 'fourbit[test]'")
+need("transformers", "peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
