@@ -44,6 +44,13 @@ def installed(name: str) -> bool:
     return True
 
 
+def need(*packages: str, extra: str = "test") -> None:
+    """skip_or_fail unless all are installed, naming the extra of fourbit that brings them."""
+    for package in packages:
+        if not installed(package):
+            skip_or_fail(f"{package} is not installed: pip install 'fourbit[{extra}]'")
+
+
 def copy_of_checkout(folder: Path) -> Path:
     """A copy of this checkout, for a build of it: without what was built in it or lies about. Returns `folder`."""
     built = (

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -171,12 +170,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     default = expert_sizes(EXPERTS)
     parser.add_argument("--experts", type=expert_sizes, default=default, help=f"experts x out x in (default {EXPERTS})")
     parser.add_argument("--tokens", type=numbers, default=TOKENS, help="of 8 rows each, such as 1,64,4096")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed replays of each contender")
-    ratios.add_passes(parser, grad="too", double="no")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="torch's grouped product: bf16 only")
-    parser.add_argument("--check", action="store_true", help="errors beside float32 instead of times")
-    parser.add_argument("--seconds", type=float, default=120.0, help="no more weights are begun after that")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    kind = "torch's grouped product: bf16 only"
+    ratios.add_options(parser, ROUNDS, 120.0, grad="too", double="no", weights="weights", dtype=kind)
     options = parser.parse_args(argv)
     if options.dtype == "fp16" and not options.check:
         parser.error("torch's grouped product takes bfloat16 only: --dtype fp16 is for --check")
@@ -217,17 +212,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.json:
             content = {"setting": about, "cells": [vars(c) for c in found], "checks": [vars(c) for c in checks]}
             options.json.write_text(json.dumps(content, indent=1))
-    if found:
-        ratios.print_times(found, "experts x out x in", options.tokens)
-        missed = judged(found)
-        print("\n".join(["below the target:", *missed]) if missed else "no target missed")
+    said = []
     for op in ("grouped_linear_4bit", "grouped_linear_4bit_grad"):
-        said = fourbit.explain(op, device="cuda", dtype=DTYPES[options.dtype], blocksize=BLOCKSIZE, shape=sizes)
-        print(f"{op}: {said.backend}: {said.path}", flush=True)
-    good = ratios.print_checks(checks)
-    budget.print()
-    if not good:
-        raise SystemExit(1)
+        how = fourbit.explain(op, device="cuda", dtype=DTYPES[options.dtype], blocksize=BLOCKSIZE, shape=sizes)
+        said.append(f"{op}: {how.backend}: {how.path}")
+    title = "experts x out x in"
+    ratios.conclude(found, title, options.tokens, judged(found), "\n".join(said), checks, budget)
 
 
 if __name__ == "__main__":

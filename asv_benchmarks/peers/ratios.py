@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -172,14 +173,51 @@ class Budget:
             print(f"NO TIME for {', '.join(self.left_out)}: raise --seconds", flush=True)
 
 
-def add_passes(parser: argparse.ArgumentParser, grad: str, double: str) -> None:
-    """The options that the contests share."""
+def conclude(
+    found: Sequence[Cell],
+    title: str,
+    columns: Sequence[int],
+    missed: Sequence[str],
+    said: str,
+    checks: Sequence[Check],
+    budget: Budget,
+) -> None:
+    """Print what follows the table of ratios; SystemExit where a result is wrong.
+
+    Args:
+        found: all cells.
+        title: of the tables' lines.
+        columns: numbers of rows or tokens.
+        missed: what is below its target.
+        said: the ways that fourbit took.
+        checks: of results.
+        budget: of the run.
+    """
+    if found:
+        print_times(found, title, columns)
+        print("\n".join(["below the target:", *missed]) if missed else "no target missed")
+    print(said, flush=True)
+    good = print_checks(checks)
+    budget.print()
+    if not good:
+        raise SystemExit(1)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, rounds: int, seconds: float, *, grad: str, double: str, weights: str, dtype: str
+) -> None:
+    """The options that the contests share, with their defaults; `weights`: what they go through, `dtype`: its help."""
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed replays of each contender")
     parser.add_argument(
         "--grad", nargs="?", choices=("no", "too", "only"), const="too", default=grad, help="the gradient for x"
     )
     parser.add_argument(
         "--double", nargs="?", choices=("no", "too", "only"), const="too", default=double, help="double-quantized"
     )
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help=dtype)
+    parser.add_argument("--check", action="store_true", help="errors beside float32 instead of times")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"no more {weights} are begun after that")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 
 def passes(chosen: str) -> tuple[bool, ...]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,12 +125,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--shapes", type=shapes, default=shapes(SHAPES), help=f"out x in (default {SHAPES})")
     parser.add_argument("--rows", type=numbers, default=ROWS, help="of x, such as 64,128,256")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed replays of each contender")
-    ratios.add_passes(parser, grad="no", double="too")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of x and of torch's weight")
-    parser.add_argument("--check", action="store_true", help="errors beside float32 instead of times")
-    parser.add_argument("--seconds", type=float, default=130.0, help="no more shapes are begun after that")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    kind = "of x and of torch's weight"
+    ratios.add_options(parser, ROUNDS, 130.0, grad="no", double="too", weights="shapes", dtype=kind)
     return parser.parse_args(argv)
 
 
@@ -181,14 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             content = {"setting": about, "dtype": options.dtype, "cells": [vars(c) for c in found]}
             content["checks"] = [vars(c) for c in checks]
             options.json.write_text(json.dumps(content, indent=1))
-    if found:
-        ratios.print_times(found, "out x in", options.rows)
-        print("\n".join(["below the target:", *missed]) if missed else "no target missed")
-    print(ratios.grouped(said), flush=True)
-    good = ratios.print_checks(checks)
-    budget.print()
-    if not good:
-        raise SystemExit(1)
+    ratios.conclude(found, "out x in", options.rows, missed, ratios.grouped(said), checks, budget)
 
 
 if __name__ == "__main__":

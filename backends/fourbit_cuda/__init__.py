@@ -46,11 +46,9 @@ class CudaBackend(GpuBackend):
         props = self._launcher(query.device).props
         where = targets.target(props.arch)
         how = f"NVRTC {libraries.version_text()}, {where.option}{', finished by the driver' if where.is_ptx else ''}"
-        if query.op in ("linear_4bit", "linear_4bit_grad"):
+        if "linear" in query.op:
             plan = linear.describe(props, query.op, query.dtype, query.blocksize, query.nested, tuple(shape))
             return f"{plan} ({how})"
-        if query.op == "grouped_linear_4bit":
-            return f"all experts in one launch for few rows an expert, else expert by expert ({how})"
         return f"one kernel of its own ({how})"
 
     def _new_launcher(self, index: int) -> Launcher:
@@ -72,11 +70,23 @@ class CudaBackend(GpuBackend):
         result: Tensor = self._run(self._linear, x.device, x, weight, out_features, bias)
         return result
 
+    def linear_4bit_grad(self, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
+        from fourbit_cuda import linear
+
+        result: Tensor = self._run(linear.linear_grad, grad.device, grad, weight, in_features)
+        return result
+
     def grouped_linear_4bit(self, x: Tensor, offsets: Tensor, weight: Weight, out_features: int) -> Tensor:
         from fourbit_cuda import linear
 
         result: Tensor | None = self._run(linear.grouped, x.device, x, offsets, weight, out_features)
         return super().grouped_linear_4bit(x, offsets, weight, out_features) if result is None else result
+
+    def grouped_linear_4bit_grad(self, grad: Tensor, offsets: Tensor, weight: Weight, in_features: int) -> Tensor:
+        from fourbit_cuda import linear
+
+        result: Tensor | None = self._run(linear.grouped_grad, grad.device, grad, offsets, weight, in_features)
+        return super().grouped_linear_4bit_grad(grad, offsets, weight, in_features) if result is None else result
 
 
 @hookimpl

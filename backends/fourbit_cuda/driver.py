@@ -16,6 +16,7 @@ import torch
 
 from fourbit_cuda import compiler, libraries
 from fourbit_cuda.targets import Target
+from fourbit_cuda.tensor_map import INVALID_CONTEXT, MAP_BYTES, encode_function
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit_gpu.spec import KernelSpec
@@ -30,7 +31,6 @@ _PDL_ATTRIBUTE = struct.pack("<I4xI60x", 6, 1)
 _DEFAULT_SHARED = 48 << 10
 """Dynamic shared memory that a kernel may have without opting in."""
 
-_INVALID_CONTEXT = 201
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
@@ -64,28 +64,28 @@ def driver_version() -> tuple[int, int]:
 
 
 class _Buffers:
-    """Launch buffers for kernels of `count` parameters: configuration, parameters, and pointers to these.
+    """Launch buffers for kernels of `count` parameters behind `maps` tensor maps: configuration, parameters, and
+    pointers to these.
 
     A launch takes one out of the list and puts it back, so that threads never share one: the driver copies the
     parameters before the call returns.
     """
 
-    def __init__(self, count: int) -> None:
-        self.format = struct.Struct(f"{_CONFIG}{count}Q")
-        self.count = count
+    def __init__(self, count: int, maps: int) -> None:
+        self.format = struct.Struct(f"{_CONFIG}{f'{MAP_BYTES}s' * maps}{count}Q")
+        self.offsets = [_CONFIG_BYTES + MAP_BYTES * i for i in range(maps)]
+        self.offsets += [_CONFIG_BYTES + MAP_BYTES * maps + 8 * i for i in range(count)]
         self.free: list[tuple[Any, int, int, Any]] = []
 
     def new(self) -> tuple[Any, int, int, Any]:
         """`(memory, its address, address of the parameter pointers, what keeps these alive)`."""
         memory = ctypes.create_string_buffer(self.format.size)
         address = ctypes.addressof(memory)
-        pointers = (ctypes.c_void_p * max(self.count, 1))(
-            *(address + _CONFIG_BYTES + 8 * i for i in range(self.count)),
-        )
+        pointers = (ctypes.c_void_p * max(len(self.offsets), 1))(*(address + offset for offset in self.offsets))
         return memory, address, ctypes.addressof(pointers), pointers
 
 
-_buffers: dict[int, _Buffers] = {}
+_buffers: dict[tuple[int, int], _Buffers] = {}
 
 
 class CudaKernel(Kernel):
@@ -101,6 +101,7 @@ class CudaKernel(Kernel):
         self._index = launcher.props.index
         self._launch = launcher.launch_function
         self._pdl = launcher.pdl_address
+        self.encode_map = launcher.encode_map
         attribute = driver.CUfunction_attribute
         # asking for an attribute also makes a lazily loading driver load the kernel now rather than at the launch
         size = driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
@@ -117,14 +118,21 @@ class CudaKernel(Kernel):
         return int(check(result, f"occupancy of kernel {self.spec.label()}"))
 
     def launch(
-        self, grid: Grid, threads: int, shared_bytes: int, args: Sequence[int], overlapping: bool = False
+        self,
+        grid: Grid,
+        threads: int,
+        shared_bytes: int,
+        args: Sequence[int],
+        overlapping: bool = False,
+        maps: tuple[bytes, ...] = (),
     ) -> None:
         """As `Kernel.launch`. `overlapping` sets programmatic stream serialization (sm_90 and newer): the kernel
-        may start before the one before it ends, and must wait for it itself (griddepcontrol.wait)."""
-        count = len(args)
+        may start before the one before it ends, and must wait for it itself (griddepcontrol.wait). `maps`: tensor
+        maps, the kernel's first parameters."""
+        count = len(args), len(maps)
         buffers = _buffers.get(count)
         if buffers is None:
-            buffers = _buffers.setdefault(count, _Buffers(count))
+            buffers = _buffers.setdefault(count, _Buffers(*count))
         try:
             buffer = buffers.free.pop()
         except IndexError:
@@ -132,10 +140,11 @@ class CudaKernel(Kernel):
         buffers.format.pack_into(
             *(buffer[0], 0, *grid, threads, 1, 1, shared_bytes, _raw_stream(self._index)),
             *((self._pdl, 1) if overlapping else (0, 0)),
+            *maps,
             *args,
         )
         error = self._launch(buffer[1], self._handle, buffer[2], None)
-        if error == _INVALID_CONTEXT:  # a thread in which torch has not used this device yet
+        if error == INVALID_CONTEXT:  # a thread in which torch has not used this device yet
             self._launcher.make_current()
             error = self._launch(buffer[1], self._handle, buffer[2], None)
         buffers.free.append(buffer)
@@ -161,6 +170,7 @@ class CudaLauncher(Launcher):
         # int arithmetic on void pointers: the buffers' addresses are passed as they are
         prototype = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_void_p,) * 4)
         self.launch_function = prototype(_address("cuLaunchKernelEx"))
+        self.encode_map = encode_function(_address("cuTensorMapEncodeTiled"), self.make_current)
         self._attributes = ctypes.create_string_buffer(_PDL_ATTRIBUTE, len(_PDL_ATTRIBUTE))
         self.pdl_address = ctypes.addressof(self._attributes)
 

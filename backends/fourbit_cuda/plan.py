@@ -42,6 +42,7 @@ class Plan:
         range_rows: rows of the weight that a block owns.
         pass_rows: of those, how many it works on at a time.
         arrange: the kernel that lays x out first, if the plan needs one, and the bytes of its result.
+        microseconds: estimated, by a formula fitted to measurements on an H100.
         text: what was chosen and why, one line.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     range_rows: int
     pass_rows: int
     arrange: tuple[KernelSpec, int] | None
+    microseconds: float
     text: str
 
 
@@ -67,12 +69,17 @@ def fits_fused(props: DeviceProps, shape: Shape) -> bool:
     )
 
 
+def busy_experts(shape: Shape) -> int:
+    """At most so many experts have rows."""
+    return min(shape.experts, max(shape.m, 1))
+
+
 def geometry(props: DeviceProps, shape: Shape, tile: Tile) -> tuple[int, int, int]:
     """`(blocks, range_rows, pass_rows)`: every block at once on the device, with nearly equal shares of the rows."""
     tiles = -(-shape.n // 16)
     slots = max(props.sm_count // tile.split, 1)
     if shape.experts:
-        slots = -(-slots // min(shape.experts, max(shape.m, 1)))
+        slots = -(-slots // busy_experts(shape))
     share = -(-tiles // slots)
     passes = -(-share * 16 // tile.rows)
     return -(-tiles // share) * tile.split, share * 16, -(-share // passes) * 16
@@ -182,7 +189,7 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         package="fourbit_cuda",
         arch_specific=tile.wgmma,
     )
-    layers = shape.experts or -(-shape.m // tile.columns)
+    layers = busy_experts(shape) if shape.experts else -(-shape.m // tile.columns)
     arrange = None
     if tile.wgmma:
         defines = {"BLOCKSIZE": shape.blocksize, "COLUMNS": tile.columns, "DTYPE": shape.dtype}
@@ -198,13 +205,9 @@ def make_plan(props: DeviceProps, shape: Shape, tile: Tile) -> Plan:
         f" {tile.columns} rows of x at a time {'kept in' if tile.resident else 'streamed through'} shared memory,"
         f" ring of {tile.stages} x {tile.kw}"
     )
-    return Plan(spec, (blocks, layers, 1), tile.threads, layout.total, range_rows, pass_rows, arrange, text)
-
-
-FUSED_PASSES = 2
-"""Passes of FUSED_ROWS rows up to which decoding again costs less than writing 16-bit weights to memory."""
-
-
-def use_fused(shape: Shape) -> bool:
-    """Whether so few rows of x are better served by the fused kernel."""
-    return shape.m <= FUSED_ROWS * FUSED_PASSES
+    time = 0.75 * cost(props, shape, tile)
+    if shape.experts:  # some have more rows than others, and the last blocks are few
+        time = 4.0 + max(1.0, 1.65 * blocks * shape.groups(tile.columns) / props.sm_count) * time
+    else:
+        time = layers * (time + (8.0 if tile.wgmma else 4.0))
+    return Plan(spec, (blocks, layers, 1), tile.threads, layout.total, range_rows, pass_rows, arrange, time, text)

@@ -5,13 +5,14 @@ The layout of shared memory is written here alone: the kernel is compiled with `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A product as plans see it: x [m, k], weight [n, k], `experts` of them."""
+    """A product as plans see it: x [m, k], weight [n, k], `experts` of them; `transposed`: x [m, n], the gradient."""
 
     m: int
     n: int
@@ -20,6 +21,15 @@ class Shape:
     blocksize: int
     nested: bool
     experts: int = 0
+    transposed: bool = False
+
+    def groups(self, columns: int) -> float:
+        """Groups of at most `columns` rows of x, of one expert each; as many as are to be expected if each row's expert
+        is a random one."""
+        if not self.experts:
+            return -(-self.m // columns)
+        rows = self.m / self.experts
+        return self.experts * -math.expm1(-rows) * max(1.0, rows / columns + 0.5)
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,19 @@
 """peers.expert_offload: its model is what its arithmetic counts, and computes the same wherever the experts are."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from fourbit.nn import ExpertWeights4bit, Linear4bit
-from tests.support import installed, skip_or_fail
+from tests.support import need
 
-FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
-for package in ("transformers", "peft"):
-    if not installed(package):
-        skip_or_fail(f"{package} is not installed: pip install 'fourbit[test]'")
+need("transformers", "peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def script():
-    if not FOLDER.is_dir():
-        skip_or_fail("the folder asv_benchmarks is not here")
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("peers.expert_offload")
-    sys.path.remove(str(FOLDER))
-    for name in [n for n in sys.modules if n.split(".")[0] in ("peers", "harness")]:
-        del sys.modules[name]
+def script(load):
+    return load("peers.expert_offload")
 
 
 def test_the_arithmetic_counts_what_is_there(script):

@@ -1,30 +1,11 @@
 """The contests of a GPU, on tiny shapes and the CPU: who computes what, tables, verdicts. No time is asserted."""
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support import installed, skip_or_fail
-
-FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load():
-    """Imports a module of asv_benchmarks, as its scripts do, and leaves nothing of it behind."""
-    if not FOLDER.is_dir():
-        skip_or_fail("the folder asv_benchmarks is not here")
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
 
 
 def close(found, true):
@@ -106,6 +87,20 @@ def test_ratios_are_to_the_mean_of_both_turns(load):
     assert ratios.heading("out x in", (16, 64)).splitlines() == ["| out x in | | 16 | 64 |", "|---|---|---|---|"]
     assert ratios.notes(found) == "4x4 fourbit at [64]: events"
     assert ratios.grouped([("a", "x"), ("b", "y"), ("c", "x")]) == "a; c:\n  x\nb:\n  y"
+
+
+def test_a_run_ends_with_times_what_was_missed_and_wrong_results(load, capsys):
+    ratios = load("peers.ratios")
+    found = ratios.cells("4x4", 64, {ratios.TORCH: (10.0, ""), ratios.FOURBIT: (5.0, ""), ratios.AGAIN: (10.0, "")})
+    budget = ratios.Budget(100.0)
+    good, wrong = ratios.Check("right", 1e-3, 1e-3, True), ratios.Check("off", 1.0, 1e-3, True)
+    ratios.conclude(found, "out x in", (64,), ["too slow"], "the way", [good], budget)
+    out = capsys.readouterr().out
+    assert "| 4x4 | fourbit | 5.0 |" in out and "below the target:\ntoo slow\nthe way" in out
+    with pytest.raises(SystemExit, match="1"):
+        ratios.conclude([], "out x in", (64,), [], "the way", [good, wrong], budget)
+    out = capsys.readouterr().out
+    assert "Microseconds" not in out and "off: 1, torch 0.001" in out
 
 
 def test_the_device_is_busy_once_at_a_time(load):

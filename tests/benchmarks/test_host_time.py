@@ -1,29 +1,7 @@
 """What the host's training calls are: forward and backward of each layer, on a backend that does nothing."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-from tests.support import skip_or_fail
-
-FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
-
-
-@pytest.fixture(scope="module")
-def load():
-    """Imports a module of asv_benchmarks, as its scripts do, and leaves nothing of it behind."""
-    if not FOLDER.is_dir():
-        skip_or_fail("the folder asv_benchmarks is not here")
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
 
 
 @pytest.fixture

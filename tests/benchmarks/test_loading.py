@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,23 +12,13 @@ from safetensors import safe_open
 
 from tests.support import installed, skip_or_fail
 
-FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
-
 if not installed("transformers"):
     skip_or_fail("transformers is not installed")
 
 
 @pytest.fixture(scope="module")
-def loading():
-    if not FOLDER.is_dir():
-        skip_or_fail("the folder asv_benchmarks is not here")
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("peers.loading")
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
+def loading(load):
+    return load("peers.loading")
 
 
 def test_the_folder_is_a_model(loading, tmp_path):
@@ -77,19 +66,19 @@ def test_verdicts(loading):
     assert [v.met for v in on_device if "on the device" in v.what] == [False, True]
 
 
-def test_the_layers_have_to_be_whose_the_column_says(loading, tmp_path, monkeypatch):
+def test_the_layers_have_to_be_whose_the_column_says(loading, benchmarks, tmp_path, monkeypatch):
     loading.make_source(tmp_path, 40_000_000)
-    monkeypatch.chdir(FOLDER)
+    monkeypatch.chdir(benchmarks)
     with pytest.raises(SystemExit, match="the layers are of torch"):
         loading.Case(loading.SIXTEEN, tmp_path, "fourbit.").run("cpu")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.long
-def test_a_whole_run(tmp_path):
+def test_a_whole_run(benchmarks, tmp_path):
     command = [sys.executable, "-m", "peers.loading", "--size-gb", "0.06", "--rounds", "1"]
     command += ["--folder", str(tmp_path), "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=benchmarks, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["cases"]
     plain, folder = found["16 bit"], found["fourbit, 4-bit folder"]

@@ -1,33 +1,16 @@
 """The benchmarks of whole models, on tiny ones and the CPU: what is compared, and that it runs. No time is asserted."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fourbit.nn import ExpertWeights4bit, Linear4bit
-from tests.support import installed, skip_or_fail
+from tests.support import need
 
-FOLDER = Path(__file__).parents[2] / "asv_benchmarks"
-for package in ("transformers", "peft"):
-    if not installed(package):
-        skip_or_fail(f"{package} is not installed: pip install 'fourbit[test]'")
+need("transformers", "peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def load():
-    if not FOLDER.is_dir():
-        skip_or_fail("the folder asv_benchmarks is not here")
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name in [n for n in sys.modules if n.split(".")[0] in ("peers", "harness")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fourbit
 from fourbit import autograd, plugins, registry
 from fourbit.reference import ReferenceBackend
+from tests.core.modes import Ops
 
 OUT, IN, ROWS = 8, 64, 3
 
@@ -84,20 +84,8 @@ def trips(monkeypatch):
     return seen
 
 
-class Ops(TorchDispatchMode):
-    """The names of the ops that come to a dispatch mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
 class Functions(TorchFunctionMode):
-    """The same for a function mode."""
+    """The names of the functions that come to a function mode; as Ops."""
 
     def __init__(self):
         super().__init__()

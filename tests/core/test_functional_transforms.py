@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import func, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fourbit
 from fourbit import autograd
+from tests.core.modes import Ops
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -147,18 +147,6 @@ def recorded(monkeypatch):
     return taken
 
 
-class Seen(TorchDispatchMode):
-    """The names of the ops that come to a dispatch mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
 def test_plain_tensors_take_the_shortcut(recorded):
     module, _ = modules()
     x = randn(2, 64)
@@ -183,7 +171,7 @@ def test_all_others_do_not(recorded):
 
 def test_a_dispatch_mode_sees_the_op():
     packed, state = fourbit.quantize_4bit(randn(2, 8, 64), blocksize=32)
-    with Seen() as seen:
+    with Ops() as seen:
         fourbit.linear_4bit(randn(2, 128), *fourbit.quantize_4bit(randn(8, 128), blocksize=32))
         fourbit.grouped_linear_4bit(randn(4, 64), torch.tensor([1, 3]), packed, state)
     for op in ("linear_4bit", "grouped_linear_4bit"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import torch
 
 import fourbit_gpu
 from fourbit.testing.inputs import BLOCKSIZES, DTYPES
-from fourbit_cuda import libraries, plan, targets
+from fourbit_cuda import libraries, matmul, plan, route, targets
 from fourbit_cuda.tile import Shape
 from fourbit_gpu import elementwise
-from fourbit_gpu.compilation import CompileError
+from fourbit_gpu.compilation import CompileError, RuntimeCompiler
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.pieces import slice_spec
 from fourbit_gpu.program import program
@@ -72,6 +73,22 @@ def linear_specs(arch: int) -> list[KernelSpec]:
     return list(found)
 
 
+def matmul_specs(arch: int) -> list[KernelSpec]:
+    """What the routes of many rows choose on such a GPU, and every kind of block; the forms of scales in turn."""
+    found: dict[KernelSpec, None] = {}
+    forms = itertools.cycle(itertools.product((1, 2), ((64, False), (64, True), (32, True), (256, False)), (0, 8)))
+    kinds = [None, *matmul.BLOCKS] * 4
+    for kind, (dtype, (blocksize, nested), experts) in zip(kinds, forms, strict=False):
+        shape = Shape(600, 4096, 4096, dtype, blocksize, nested, experts, kind is not None and kind.transposed)
+        if kind is None:
+            chosen = route.route(props_of(arch), shape)
+        else:
+            chosen = matmul.make_plan(props_of(arch), shape, kind) if matmul.fits(props_of(arch), shape) else None
+        if isinstance(chosen, matmul.Plan):
+            found[chosen.spec] = None
+    return list(found)
+
+
 @cache
 def build(spec: KernelSpec, arch: int) -> cubin.Usage:
     """Compile, without the cache on disk, and read the result; one compilation for both kernels of a source."""
@@ -84,14 +101,54 @@ def build(spec: KernelSpec, arch: int) -> cubin.Usage:
 
 @cache
 def _compile(source: str, package: str, options: tuple[str, ...], arch: int) -> bytes:
-    from fourbit_cuda import compiler
-
     spec = KernelSpec(source, source, package=package)
     text, headers = program(spec)
     assert headers and text
-    code = compiler.compile_source(spec, text, headers, options, False)
+    code, log = compiled(spec, text, headers, options)
     assert cubin.arch(code) == arch
+    assert "Performance Loss" not in log, f"{source} {options}: {log}"  # products that wait for one another
     return code
+
+
+def compiled(spec: KernelSpec, text: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
+    """The code, and what NVRTC says of it."""
+    from fourbit_cuda import compiler
+
+    logs: list[str] = []
+    read = RuntimeCompiler._bytes
+
+    def read_both(self, name, handle):
+        if name == "GetCUBIN":
+            logs.append(read(self, "GetProgramLog", handle)[1].decode())
+        return read(self, name, handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RuntimeCompiler, "_bytes", read_both)
+        return compiler.compile_source(spec, text, headers, options, False), logs[0]
+
+
+def test_products_that_wait_for_one_another_would_be_seen():
+    """Sums that other code changes in a path that not all threads take."""
+    text = """
+#define PRODUCT asm volatile( \\
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;" \\
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    extern "C" __global__ void k(float* p, unsigned long long a, unsigned long long b, int n) {
+        float d[4] = {};
+        for (int tile = 0; tile < p[threadIdx.x]; ++tile) {
+            for (int i = 0; i < n; ++i) {
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                PRODUCT PRODUCT
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            }
+            if (p[threadIdx.x + 7] > 0) { d[0] += p[1]; continue; }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            p[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+        }
+    }"""
+    _, log = compiled(KernelSpec("k.cu", "k"), text, {}, ("--gpu-architecture=sm_90a",))
+    assert "Performance Loss" in log
 
 
 BACKENDS = Path(fourbit_gpu.__file__).parents[1]
@@ -115,6 +172,15 @@ def check_linear(spec: KernelSpec, arch: int) -> None:
     assert found.shared_bytes - RESERVED <= STATIC_SHARED <= props_of(arch).shared_per_block
 
 
+def check_matmul(spec: KernelSpec, arch: int) -> None:
+    """Registers for all threads of a block; what is spilled is what only the change from tile to tile needs."""
+    found = build(spec, arch)
+    threads = 128 * (2 + int(dict(spec.defines).get("DECODERS", 1)))
+    assert found.registers * threads <= 65536, f"{spec.label()} on sm_{arch}: {found}"
+    assert found.frame_bytes <= 256, f"{spec.label()} on sm_{arch} spills: {found}"
+    assert found.shared_bytes <= RESERVED
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -134,18 +200,29 @@ def test_linear_kernels(arch):
         check_linear(spec, arch)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_matmul_kernels(arch):
+    specs = matmul_specs(arch)
+    assert bool(specs) == (arch == matmul.ARCH)
+    for spec in specs:
+        check_matmul(spec, arch)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_one_kernel_of_each_kind(arch):
     """The short form of the two above: a product, and one of the other sources in turn."""
     for spec in linear_specs(arch)[:1]:
         check_linear(spec, arch)
+    for spec in matmul_specs(arch)[:1]:
+        check_matmul(spec, arch)
     source = SOURCES[ARCHS.index(arch) % len(SOURCES)]
     check_elementwise(next(spec for spec in elementwise_specs() if spec.source == source), arch)
 
 
 def test_every_source_is_compiled_here():
     """But for rocm's own, which tests/rocm compiles."""
-    compiled = {(spec.package, spec.source) for spec in (*elementwise_specs(), *linear_specs(90))}
+    compiled = {(spec.package, spec.source) for spec in (*elementwise_specs(), *linear_specs(90), *matmul_specs(90))}
     found = {(folder, path.name) for folder in PACKAGES for path in (BACKENDS / folder).glob("kernels/*.cu")}
     assert found == compiled
 

@@ -142,10 +142,11 @@ def test_every_blocksize(props, blocksize):
 
 @every_device
 def test_experts_share_the_device(props):
-    """With few rows in all, the experts that have any should together fill the device."""
-    chosen = plan.plan_linear(props, shape(8, 14336, 4096, experts=64))
-    assert chosen.grid[1] == 64 and chosen.arrange is None
-    assert chosen.grid[0] * 8 >= props.sm_count // 2
+    """With few rows in all, the experts that have any should together fill the device; others get no blocks."""
+    for rows, busy in ((8, 8), (64, 64), (300, 64)):
+        chosen = plan.plan_linear(props, shape(rows, 14336, 4096, experts=64))
+        assert chosen.grid[1] == busy and chosen.arrange is None
+        assert chosen.grid[0] * busy >= props.sm_count // 2
 
 
 @every_device

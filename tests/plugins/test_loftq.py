@@ -10,11 +10,9 @@ from torch import nn
 
 import fourbit
 from fourbit.nn import Linear4bit
-from tests.support import installed, skip_or_fail
+from tests.support import need
 
-for package in ("transformers", "peft"):
-    if not installed(package):
-        skip_or_fail(f"{package} is not installed: pip install 'fourbit[test]'")
+need("transformers", "peft")
 
 import peft  # noqa: E402
 

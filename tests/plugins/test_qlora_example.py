@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import installed, skip_or_fail
+from tests.support import installed, need, skip_or_fail
 
-for package in ("transformers", "peft", "trl", "datasets", "accelerate"):
-    if not installed(package):
-        skip_or_fail(f"{package} is not installed: pip install 'fourbit[train]'")
+need("transformers", "peft", "trl", "datasets", "accelerate", extra="train")
 
 from fourbit_demo import sample_model  # noqa: E402
 from fourbit_transformers.examples import qlora  # noqa: E402

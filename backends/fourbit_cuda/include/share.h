@@ -2,6 +2,8 @@
 #pragma once
 #include "ring.h"
 
+#include "experts.h"
+
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)  // of the blocks that share rows
 #else
@@ -43,7 +45,7 @@ struct Share {
     __device__ __forceinline__ u32 bottom(u32 top) const { return top + pass < row_end ? top + pass : row_end; }
 };
 
-// Rows of x: COLUMNS of them, or those of the block's expert, whose rows of the weight start with `weight`.
+// Rows of x: COLUMNS of them, or those of an expert, whose rows of the weight start with `weight`.
 struct Rows {
     i64 first, end;
     u32 weight;
@@ -52,10 +54,28 @@ FB_DEVICE Rows rows_of_block(u32 block, i64 rows_of_x) {
     const i64 first = (i64)block * COLUMNS;
     return Rows{first, first + COLUMNS < rows_of_x ? first + COLUMNS : rows_of_x, 0};
 }
-FB_DEVICE Rows rows_of_expert(u32 expert, i64 rows_of_x, const i64* offsets, u32 n) {
-    i64 first = 0;
-    for (u32 e = 0; e < expert; ++e) first = offsets[e] > first ? offsets[e] : first;
-    return Rows{first, offsets[expert] < rows_of_x ? offsets[expert] : rows_of_x, expert * n};
+// Of the `slot`-th expert that has any; none where there are no more such.
+FB_DEVICE Rows rows_of_expert(u32 slot, i64 rows_of_x, const Offsets& offsets, u32 experts, u32 n, u32 lane) {
+    u32 latest = 0;
+    for (u32 base = 0; base < experts; base += 32) {
+        const ExpertRows of = rows_of_experts(offsets, base, experts, (u32)rows_of_x, lane, latest);
+        const bool any = of.end > of.first;
+        const u32 busy = __ballot_sync(0xffffffffu, any), count = __popc(busy);
+        if (slot < count) {
+            const bool chosen = any && __popc(busy & (1u << lane) - 1) == slot;
+            const u32 at = __ffs(__ballot_sync(0xffffffffu, chosen)) - 1;
+            return Rows{__shfl_sync(0xffffffffu, of.first, at), __shfl_sync(0xffffffffu, of.end, at), (base + at) * n};
+        }
+        slot -= count;
+    }
+    return Rows{0, 0, 0};
+}
+// What no expert has is a zero: this block's part of it.
+FB_DEVICE void clear_rest(u16* y, i64 rows_of_x, const Offsets& offsets, u32 experts, u32 n, u32 thread) {
+    u32 latest = 0;
+    for (u32 base = 0; base < experts; base += 32)
+        rows_of_experts(offsets, base, experts, (u32)rows_of_x, thread % 32, latest);
+    clear_rest(y, latest, (u32)rows_of_x, n, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y, thread, THREADS);
 }
 
 // Has the cache ask for what the first slots of the ring will hold: while the launch before still runs.

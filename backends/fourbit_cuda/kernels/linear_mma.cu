@@ -28,23 +28,27 @@
 // x [M, K] and y [M, N] in DTYPE; packed u8 [N, K / 2]; a block's range of rows of the weight is `range`, worked on
 // in passes of `pass` <= BLOCK_ROWS rows. x and packed are 16-byte aligned, absmax too (4 where NESTED), K % 64 == 0.
 // WGMMA: x comes as arrange_x.cu lays it out, padded to a multiple of KW.
-// GROUPED: `bias` is int64 offsets [E], the block's expert is blockIdx.y, and M the expert's own.
+// GROUPED: `bias` is offsets [E], int64 if `wide`, else int32, with `experts` E; M is the expert's own: of those with
+// rows the blockIdx.y-th.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
     linear_mma(const u16* x, const u8* packed, const void* absmax, const float* code, const float* nested_absmax,
                const float* nested_code, const float* nested_offset, const void* bias, u16* y, i64 rows_of_x, i64 n,
-               i64 k_, i64 range, i64 pass) {
+               i64 k_, i64 range, i64 pass, i64 experts, i64 wide) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 window = window_of(shared);
     const Share share(window, threadIdx.x, blockIdx.x, n, k_, range, pass);
     const u32 k = share.k, lane = share.lane;
 
     if (GROUPED) after_previous();  // it writes the offsets
-    const u32 group = blockIdx.y;  // of rows of x, or the expert
-    const Rows rows = GROUPED ? rows_of_expert(group, rows_of_x, (const i64*)bias, share.n)
-                              : rows_of_block(group, rows_of_x);
-    if (GROUPED && rows.end <= rows.first) return;
+    const Offsets offsets = {bias, wide != 0};
+    const Rows rows = GROUPED ? rows_of_expert(blockIdx.y, rows_of_x, offsets, (u32)experts, share.n, lane)
+                              : rows_of_block(blockIdx.y, rows_of_x);
+    if (GROUPED) {
+        clear_rest(y, rows_of_x, offsets, (u32)experts, share.n, share.thread);
+        if (rows.end <= rows.first) return;
+    }
     const u32 row_scales = k / BLOCKSIZE;
-    const Weight w = {packed, absmax, nested_absmax, k, row_scales, (GROUPED ? gridDim.y : 1) * share.n * row_scales};
+    const Weight w = {packed, absmax, nested_absmax, k, row_scales, (GROUPED ? (u32)experts : 1) * share.n * row_scales};
     if (!GROUPED) {
         prefetch_first(share, packed, code);
         X::init(share);

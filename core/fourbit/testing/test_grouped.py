@@ -125,3 +125,15 @@ def test_bad_offsets(need, device, offsets, error):
     with pytest.raises((TypeError, ValueError), match=error):
         args = (*weight.args(device), 64)
         torch.ops.fourbit.grouped_linear_4bit_grad(normal(8, 10).to(device), offsets.to(device), *args)
+
+
+@pytest.mark.parametrize("op", COVERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double_quant", (False, True), ids=("plain", "double"))
+def test_many_rows(need, device, double_quant, dtype, op):
+    """As of a prompt: experts with hundreds of rows beside others with few and none."""
+    need(op, dtype, double_quant=double_quant)
+    weight = make_weight(6, 136, 192, double_quant=double_quant)
+    offsets = torch.tensor([260, 260, 261, 390, 640, 700])
+    x = normal(703, 136 if op.endswith("grad") else 192).to(device, dtype)
+    check(op, x, offsets, weight, dtype)

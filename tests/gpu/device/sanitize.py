@@ -30,14 +30,15 @@ def products(dtype: torch.dtype) -> None:
         for double_quant in (False, True):
             w = torch.randn(n, k, device="cuda").to(dtype)
             packed, state = fourbit.quantize_4bit(w, double_quant=double_quant)
-            for rows in (1, 3, 16, 40, 64, 150):
+            for rows in (1, 3, 16, 40, 64, 150, 300):
                 x = torch.randn(rows, k, device="cuda").to(dtype).requires_grad_()
                 bias = torch.randn(n, device="cuda").to(dtype)
                 fourbit.linear_4bit(x, packed, state, bias).sum().backward()
     experts = torch.randn(4, 128, 256, device="cuda").to(dtype)
     packed, state = fourbit.quantize_4bit(experts)
-    offsets = torch.tensor([2, 2, 7, 9], device="cuda")
-    fourbit.grouped_linear_4bit(torch.randn(10, 256, device="cuda").to(dtype), offsets, packed, state)
+    for ends in ([2, 2, 7, 9], [150, 150, 300, 420]):
+        x = torch.randn(ends[-1] + 1, 256, device="cuda").to(dtype).requires_grad_()
+        fourbit.grouped_linear_4bit(x, torch.tensor(ends, device="cuda"), packed, state).sum().backward()
 
 
 def main() -> None:
