@@ -61,8 +61,10 @@ def build(job: Job[R]) -> Report:
     kept = staging.tidy(target)
     begun = journal.read(left) if request.resume else None
     replaces = begun.replaces if begun is not None else None
-    if request.resume and replaces is None and _is_finished(job, fingerprint):
-        return _report(job, beside, job.source.nbytes, kept)
+    if request.resume and replaces is None:
+        request.awaited = not _is_of(target, fingerprint)  # with which the others have ended
+        if _is_finished(job, fingerprint):
+            return _report(job, beside, job.source.nbytes, kept)
     if left.is_dir() and not (request.overwrite or request.resume):
         raise CheckpointError(
             f"an unfinished run of {target} is there ({left}): --resume continues it, --overwrite starts afresh"
@@ -74,6 +76,7 @@ def build(job: Job[R]) -> Report:
         raise CheckpointError(f"the unfinished run of {target} cannot be resumed: {what}. --overwrite starts afresh")
     stage = staging.Stage(target)
     discard = False
+    request.awaited = False
     try:
         members = Team(stage.folder, request.processes) if request.processes is not None else None
         with members or nullcontext(), _told(target, stage.folder):
@@ -101,8 +104,7 @@ def _follow(job: Job[R], processes: Processes) -> Report:
     begun = journal.read_own(left) if request.resume else None
     if request.resume and (begun is None or begun.replaces is None) and _is_of(target, fingerprint):
         return _report(job, beside, job.source.nbytes, None)  # the leader looks whether it is whole
-    if not request.resume:  # or it would wait for a leader that has ended with this error
-        destination.check(job.source.path, others.every_file(job.source, beside), target, request.overwrite)
+    request.awaited = False
     with Team(left, processes) as members, _told(target, left):
         together.follow(job, left, fingerprint, members)
         if not _is_of(target, fingerprint):

@@ -41,6 +41,9 @@ class Request:
         max_shard_size: of weight files; see `file_layout.parse_size`.
         processes: which of several this one is; each must ask for the same.
 
+    Attributes:
+        awaited: whether the other processes wait for this one, and hear of what ends it only if `early` tells them.
+
     Raises CheckpointError for a destination that is a URL, ValueError for both `overwrite` and `resume`, and for a size
     that is none.
     """
@@ -62,6 +65,7 @@ class Request:
         self.target = Path(dst).expanduser().resolve()
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
         self.processes = processes if processes is not None and processes.count > 1 else None
+        self.awaited = True
         self.max_shard_bytes = parse_size(max_shard_size)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourbit.checkpoint import remote
+from fourbit.checkpoint import early, remote
 from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
@@ -74,7 +74,7 @@ def dequantize_checkpoint(
         ValueError: both `overwrite` and `resume`, or a `max_shard_size` that is none.
     """
     request = Request("dequantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
-    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
+    with early.told(request), remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         require_quantized(source)
         where = torch.device(device)
         turned = transposed(source) & source.quantized().keys()

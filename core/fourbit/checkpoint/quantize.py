@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourbit import codebooks
-from fourbit.checkpoint import remote
+from fourbit.checkpoint import early, remote
 from fourbit.checkpoint.build import build
 from fourbit.checkpoint.compound import Compound
 from fourbit.checkpoint.conversion import Job, Progress, Report, Request
@@ -111,7 +111,7 @@ def quantize_checkpoint(
     """
     request = Request("quantize_checkpoint", dst, overwrite, resume, progress, max_shard_size, processes)
     config = config or QuantConfig()
-    with remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
+    with early.told(request), remote.opened(src) as (path, there), Compound(resolved(path), there) as source:
         plans = checked_plans(source, config, device, components)
         planned = combined(source, plans)
         require_work(planned)

@@ -24,8 +24,7 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     snapshot of that model in the Hub's cache. `revision`, a branch, a tag or a commit, is that of such a model.
 
     Raises CheckpointError for a URL, if there is no such snapshot, or several, or a revision of what is none of these
-    two. A
-    path that does not exist comes back as it is.
+    two. A path that does not exist comes back as it is.
     """
     require_local(path, "this reads what is on this machine")
     given = Path(path).expanduser()

@@ -89,16 +89,19 @@ class Team:
         self._leader = ""
         self._peers = {rank: Peer(self._path(rank)) for rank in range(processes.count) if rank != processes.rank}
         self._checked = 0.0
+        self._end = time.monotonic() + JOIN_SECONDS
         self._thread = threading.Thread(target=self._beating, name="fourbit-team", daemon=True)
 
     def __enter__(self) -> Team:
         if self.processes.leads:
             self._folder.mkdir(exist_ok=True)
+        else:
+            require_quiet(self._folder.parent, leads=False)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
-        if error is not None and not self._replaced:
+        if error is not None and not self._replaced and not self.ended:
             self._fail(error)
         self._stop()
 
@@ -132,6 +135,13 @@ class Team:
         while not self._over.wait(BEAT_SECONDS):
             self._write()
 
+    def tell(self, error: Exception) -> None:
+        """For a process that fails before the others know it: wait until they do, but no longer than all wait."""
+        self._fail(error)
+        if not self.processes.leads:
+            with suppress(CheckpointError, OSError):
+                self.join()  # of those who belong to no run nobody takes notice
+
     def _fail(self, error: BaseException) -> None:
         self.ended = True
         kind = next((name for name, each in reversed(_KINDS.items()) if isinstance(error, each)), "")
@@ -139,7 +149,8 @@ class Team:
         self.say(error=text[:4000], kind=kind)
         if self.processes.leads:
             with suppress(CheckpointError, OSError):
-                self._call(LEAVE_SECONDS)  # also those who come only now are to know
+                patience = self._end - time.monotonic() if isinstance(error, Exception) else 0.0
+                self._call(max(patience, LEAVE_SECONDS))  # also those who come only now are to know
                 self._wait(lambda said: bool(said.get("error")), LEAVE_SECONDS, heed=False)
 
     # ---- what the others say
@@ -177,7 +188,6 @@ class Team:
 
     def join(self) -> None:
         """For the others: wait until the leader has listed this process. Raises CheckpointError if it does not."""
-        end = time.monotonic() + JOIN_SECONDS
         while True:
             self._write()
             self._require_mine()
@@ -190,7 +200,7 @@ class Team:
                         self.say(run=self.token)
                         self._settled = True
                         return
-            if time.monotonic() > end:
+            if time.monotonic() > self._end:
                 raise CheckpointError(
                     f"process 0 has not begun within {JOIN_SECONDS:.0f} s: it has failed, or this machine does not"
                     f" share the folder {self._folder.parent.parent} with it"
@@ -273,20 +283,27 @@ class Team:
                 )
 
 
-def require_quiet(unfinished: Path) -> None:
-    """Raise CheckpointError if a run on another machine is writing there, whatever its lock says.
+def require_quiet(unfinished: Path, leads: bool = True) -> None:
+    """Raise CheckpointError if another run is writing there, also on another machine, whatever its lock says.
 
-    Where the last leader was on this machine the lock is enough; else it takes the time of a few signs of life.
+    For one that leads, the lock is enough where the last leader was on this machine. One that does not must not take
+    a place in a run that has begun without it, and cannot ask for the lock, which its own leader may have. Else it
+    takes the time of a few signs of life.
     """
     path = unfinished / TEAM_FOLDER / "0"
     if not os.path.lexists(path):
         return
     leader = Peer(path)
-    said = leader.look()
-    if not said or said.get("host") == socket.gethostname() or said.get("error") or said.get("phase") == DONE:
+    said = now = leader.look()
+    if not said or said.get("error") or said.get("phase") == DONE:
+        return
+    if leads and said.get("host") == socket.gethostname():
         return
     end = time.monotonic() + QUIET_BEATS * BEAT_SECONDS
     while time.monotonic() < end:
-        if leader.look() != said:
+        if not leads and (now.get("phase") == COME or now.get("me") != said.get("me")):
+            return  # it waits for others, as this one's does
+        if now != said:
             raise CheckpointError(f"another run is writing there: {said.get('host')}, process {said.get('pid')}")
         time.sleep(POLL_SECONDS)
+        now = leader.look()

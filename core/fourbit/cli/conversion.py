@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -46,6 +47,22 @@ def check_size(size: str | None) -> str | None:
     except ValueError as error:
         raise typer.BadParameter(str(error).replace("max_shard_size", "--max-shard-size")) from None
     return size
+
+
+@contextmanager
+def checking(dst: Path) -> Iterator[None]:
+    """Around what is checked before `run`: under torchrun the other processes, which would wait, hear of its error."""
+    try:
+        yield
+    except Exception as error:
+        from fourbit.checkpoint import early
+        from fourbit.checkpoint.processes import from_environment
+        from fourbit.checkpoint.urls import as_url
+
+        processes = from_environment()
+        if processes is not None and as_url(dst) is None:
+            early.tell(dst.expanduser().resolve(), processes, error)
+        raise
 
 
 def run(verb: str, convert: Callable[..., R], dst: Path, resume: bool | None) -> R:

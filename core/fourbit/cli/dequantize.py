@@ -38,13 +38,14 @@ def dequantize(
     from fourbit.checkpoint.dequantize import dequantize_checkpoint
     from fourbit.config import as_compute_dtype
 
-    try:
-        kind = as_compute_dtype(dtype)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error).replace("compute_dtype", "--dtype")) from None
-    where = options.device(device)
-    size = conversion.check_size(max_shard_size)
-    src = options.source(src, revision, urls=True)
+    with conversion.checking(dst):
+        try:
+            kind = as_compute_dtype(dtype)
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(str(error).replace("compute_dtype", "--dtype")) from None
+        where = options.device(device)
+        size = conversion.check_size(max_shard_size)
+        src = options.source(src, revision, urls=True)
     convert = partial(dequantize_checkpoint, src, dtype=kind, device=where, max_shard_size=size)
     report = conversion.run("dequantizing", convert, dst, resume)
     if not conversion.reports():

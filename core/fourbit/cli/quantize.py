@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,12 +76,13 @@ def quantize(
     """
     from fourbit.checkpoint.quantize import models, quantize_checkpoint, require_work
 
-    config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
-    where = options.device(device)
-    size = conversion.check_size(max_shard_size)
+    with nullcontext() if dry_run else conversion.checking(dst):
+        config = options.config(quant_type, blocksize, double_quant, compute_dtype, skip)
+        where = options.device(device)
+        size = conversion.check_size(max_shard_size)
+        src = options.source(src, revision, urls=True)
     reports = conversion.reports()
     chosen = None if components is None else [name.strip() for name in components.split(",") if name.strip()]
-    src = options.source(src, revision, urls=True)
     if dry_run:
         plans, plan, nbytes = check_and_plan(src, dst, config, where, resume is not None, chosen)
         if not reports:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -323,6 +324,80 @@ def test_those_who_do_not_come(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["src"]
 
 
+WRONG = {"components": ["unet"]}
+"""Options of one process with which it fails before it has told anybody that it is there."""
+
+
+@pytest.fixture
+def quickly():
+    """Nobody waits for one that does not come."""
+    begin = time.monotonic()
+    yield
+    assert time.monotonic() - begin < team.JOIN_SECONDS / 2
+
+
+@pytest.mark.parametrize("late", (None, 0, 1))
+@pytest.mark.parametrize("rank", (0, 1, 2))
+def test_one_fails_at_its_beginning(tmp_path, rank, late, quickly):
+    def of_rank(each):
+        if each == late:
+            time.sleep(0.3)
+        return WRONG if each == rank else {}
+
+    src = write_folder(tmp_path / "src")
+    results = together(src, tmp_path / "dst", 3, of_rank=of_rank)
+    assert all(isinstance(each, CheckpointError) and "is no pipeline" in str(each) for each in results), results
+    for each, result in enumerate(results):
+        assert str(result).startswith(f"process {rank} (") == (each != rank)
+    assert os.listdir(tmp_path) == ["src"]
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_one_fails_at_the_beginning_of_a_resumed_run(tmp_path, rank, quickly):
+    src = even(tmp_path / "src")
+    quantize_checkpoint(src, tmp_path / "want")
+    together(src, tmp_path / "dst", 2, of_rank=stop(1, after=3))
+    results = together(src, tmp_path / "dst", 2, resume=True, of_rank=lambda each: WRONG if each == rank else {})
+    assert all("is no pipeline" in str(each) for each in results), results
+    assert succeeded(together(src, tmp_path / "dst", 2, resume=True))[0].resumed_bytes > 0
+    assert contents(tmp_path / "dst") == contents(tmp_path / "want")
+
+
+@pytest.mark.parametrize("convert", (quantize_checkpoint, dequantize_checkpoint))
+def test_all_fail_at_their_beginning(tmp_path, convert, quickly):
+    results = together(tmp_path / "src", tmp_path / "new" / "place" / "dst", 3, convert)
+    assert all(isinstance(each, CheckpointError) and "src does not exist" in str(each) for each in results), results
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_is_told_of_a_finished_folder(tmp_path, quickly):
+    """Where all others have found it finished, the leader alone reads it."""
+    src = write_folder(tmp_path / "src")
+    succeeded(together(src, tmp_path / "dst", 2))
+    flip(tmp_path / "dst" / "model.safetensors")
+    results = together(src, tmp_path / "dst", 2, resume=True)
+    assert "was finished and is damaged since" in str(results[0]) and isinstance(results[1], QuantizeReport)
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_one_fails_and_the_others_do_not_come(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(team, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(team, "LEAVE_SECONDS", 0.1)
+    results = together(tmp_path / "src", tmp_path / "dst", 2, only=(rank,))
+    assert "src does not exist" in str(results[rank]) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_ctrl_c_ends_the_waiting(tmp_path, monkeypatch, rank, quickly):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(team.time, "sleep", interrupt)
+    with pytest.raises(CheckpointError, match="src does not exist"):
+        quantize_checkpoint(tmp_path / "src", tmp_path / "dst", processes=Processes(rank, 2))
+    assert os.listdir(tmp_path) == []
+
+
 def test_another_configuration_in_one_process(tmp_path):
     src = write_folder(tmp_path / "src")
     results = together(
@@ -382,8 +457,9 @@ def test_two_runs_at_once(tmp_path):
             for options in ({}, {"resume": True}, {"overwrite": True}):
                 with pytest.raises(CheckpointError, match="another run is writing"):
                     quantize_checkpoint(src, tmp_path / "dst", **options)
-                with pytest.raises(CheckpointError, match="another run is writing"):
-                    quantize_checkpoint(src, tmp_path / "dst", processes=Processes(0, 2), **options)
+                for rank in (0, 1):  # which neither take a place in it, nor wait
+                    with pytest.raises(CheckpointError, match="another run is writing"):
+                        quantize_checkpoint(src, tmp_path / "dst", processes=Processes(rank, 2), **options)
             said.append(True)
 
     succeeded(together(src, tmp_path / "dst", 2, of_rank=lambda rank: {} if rank else {"progress": second}))

@@ -63,6 +63,22 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("rank", (0, 1))
+def test_one_is_called_wrongly(tmp_path, rank):
+    """As where one machine has no such device: the other process does not wait for one that has ended."""
+    src = write_folder(tmp_path / "src")
+    children = []
+    for each in (0, 1):
+        line = [sys.executable, "-m", "fourbit", "quantize", str(src), str(tmp_path / "dst")]
+        line += ["--device", "nosuch"] if each == rank else []
+        environment = {**os.environ, "RANK": str(each), "WORLD_SIZE": "2", "LOCAL_RANK": str(each)}
+        children.append(subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, encoding="utf-8"))
+    said = [child.communicate(timeout=120)[1] for child in children]  # they wait for 300 s
+    assert all(child.returncode for child in children) and all("nosuch" in each for each in said), said
+    assert f"process {rank} (" in " ".join(said[1 - rank].split()) and os.listdir(tmp_path) == ["src"]
+
+
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="needs kill -9")
 @pytest.mark.parametrize("rank", (0, 1))
 def test_one_is_killed(tmp_path, rank):
