@@ -29,6 +29,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
+from fourbit.checkpoint.destination import unfinished_folder
 from peers.checkpoint import forget, make_source, size_of
 
 POLL_SECONDS = 0.05
@@ -102,7 +103,13 @@ def killed(src: Path, dst: Path, count: int, options: list[str], seconds: float)
         command_of(src, dst, count, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     time.sleep(seconds)
-    os.kill(children(child.pid)[-1], signal.SIGKILL)
+    parts = unfinished_folder(dst) / "parts"
+    while child.poll() is None and not any(parts.glob("*.part")):  # of a small source starting takes the most
+        time.sleep(POLL_SECONDS)
+    pids = children(child.pid)
+    if len(pids) < count:
+        sys.exit("the run was over before one of its processes could be killed: want a larger --size-gb")
+    os.kill(pids[-1], signal.SIGKILL)
     begin = time.perf_counter()
     child.wait()
     ended = time.perf_counter() - begin

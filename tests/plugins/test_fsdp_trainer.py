@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.plugins.test_tensor_parallel import llama
-from tests.support import installed, skip_or_fail
+from tests.support import need
+
+need("transformers", "accelerate", "peft")
+
+from tests.plugins.test_tensor_parallel import llama  # noqa: E402
 
 pytestmark = pytest.mark.long
 PROGRAM = Path(__file__).with_name("fsdp_trainer.py")
-
-for package in ("accelerate", "peft"):
-    if not installed(package):
-        skip_or_fail(f"{package} is not installed")
 
 
 def require_fsdp2():

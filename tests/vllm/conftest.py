@@ -21,3 +21,11 @@ def needs_vllm() -> None:
     if os.environ.get("FOURBIT_REQUIRE_VLLM") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def asked_for(request: pytest.FixtureRequest) -> set[str]:
+    """The names by which this run's tests of the module are parametrized: what no test looks at vLLM need not load."""
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    specs = [item.callspec for item in items if hasattr(item, "callspec")]
+    return {spec.params["name"] for spec in specs if "name" in spec.params}

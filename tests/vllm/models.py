@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as T
 
@@ -24,6 +26,13 @@ ODD = {"hidden_size": 144, "intermediate_size": 176}
 """Blocks of 64 and of 32 run across rows, and across the borders of ranks."""
 DIVIDED = {"hidden_size": 192, "intermediate_size": 192}
 """Half a row is no whole number of blocks of 64, but of 32."""
+
+
+def some(names: Iterable[str], quick: Container[str]) -> pytest.MarkDecorator:
+    """Parameters of a test, `name`; those that are not quick are long."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in quick else pytest.mark.long) for name in names]
+    )
 
 
 def llama(**sizes: Any) -> torch.nn.Module:

@@ -6,18 +6,16 @@ import json
 import shutil
 
 import pytest
-
-pytest.importorskip("transformers")
-
 from safetensors.torch import load_file, save_file
 
 import fourbit
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.config import MARK, QuantConfig
-from tests.support import skip_or_fail
-from tests.vllm import engine, models
+from tests.support import need
 
-pytestmark = pytest.mark.long
+need("transformers")
+
+from tests.vllm import engine, models  # noqa: E402
 
 
 def _unmarked(folder):
@@ -45,11 +43,9 @@ def _twin(folder):
 
 
 def _by_bitsandbytes(folder, **options):
-    try:
-        import bitsandbytes  # noqa: F401
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    except ImportError as error:
-        skip_or_fail(f"{error}: no folder is written with bitsandbytes")
+    need("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     plain = folder.with_name(folder.name + "-16")
     models.llama().save_pretrained(plain)
     storage = options.pop("bnb_4bit_quant_storage", None)
@@ -100,12 +96,29 @@ FOLDERS = {
     "mixtral, fp4": lambda path: models.written(models.mixtral(), path, quant_type="fp4", blocksize=32),
 }
 
+WHILE_LOADING = {
+    "llama in 16 bit": (models.llama, {}),
+    "llama in 16 bit, options": (models.llama, {"quant_type": "fp4", "blocksize": 32, "skip_modules": ["v_proj"]}),
+    "qwen3-moe in 16 bit": (models.qwen3_moe, {}),
+    "mixtral in 16 bit": (models.mixtral, {"blocksize": 128}),
+}
+QUICK = {
+    *("double", "v and a layer in 16 bit", "bitsandbytes", "qwen3-moe", "mixtral"),
+    *("llama in 16 bit, options", "qwen3-moe in 16 bit"),
+}
+"""Those that continuous integration has the time for."""
+
+
+def some(*names):
+    """Parameters of a test, `name`."""
+    return models.some(names, QUICK)
+
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, needs_vllm):
+def served(tmp_path_factory, needs_vllm, asked_for):
     """Of each folder, what transformers answered and what vLLM did."""
     root = tmp_path_factory.mktemp("served")
-    folders = {name: make(root / str(i)) for i, (name, make) in enumerate(FOLDERS.items())}
+    folders = {name: FOLDERS[name](root / str(i)) for i, name in enumerate(FOLDERS) if name in asked_for}
     wanted = {
         name: models.reference(_twin(folder) if _twin(folder).exists() else folder) for name, folder in folders.items()
     }
@@ -113,7 +126,7 @@ def served(tmp_path_factory, needs_vllm):
     return {name: (wanted[name], answer) for name, answer in zip(folders, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@some(*FOLDERS)
 def test_tokens_are_those_of_transformers(served, name):
     wanted, answer = served[name]
     assert answer["tokens"] == wanted, answer.get("error")
@@ -129,13 +142,14 @@ _IN_LLAMA = {
 }
 
 
-def test_fused_layers_are_one_packed_weight(served):
-    for name in ("nf4", "fp4", "double", "blocks of 256", "fused in the folder", "bitsandbytes", "fourbit quantize"):
-        assert served[name][1]["layers"] == [_IN_LLAMA], name
+@some("nf4", "fp4", "double", "blocks of 256", "fused in the folder", "bitsandbytes", "fourbit quantize")
+def test_fused_layers_are_one_packed_weight(served, name):
+    assert served[name][1]["layers"] == [_IN_LLAMA]
 
 
-def test_what_the_folder_has_in_16_bit_stays(served):
-    (found,) = served["v and a layer in 16 bit"][1]["layers"]
+@some("v and a layer in 16 bit")
+def test_what_the_folder_has_in_16_bit_stays(served, name):
+    (found,) = served[name][1]["layers"]
     assert found["model.layers.0.self_attn.qkv_proj"] == "absmax code dense_1 qweight"
     assert {name for name in _IN_LLAMA if name not in found} == {
         "model.layers.1.mlp.gate_up_proj",
@@ -143,25 +157,25 @@ def test_what_the_folder_has_in_16_bit_stays(served):
     }
 
 
-def test_experts_are_packed(served):
-    for name, module in (("qwen3-moe", "mlp"), ("mixtral", "block_sparse_moe")):
-        (found,) = served[name][1]["layers"]
-        experts = {layer: stored for layer, stored in found.items() if module in layer}
-        assert set(experts.values()) == {_EXPERTS} and len(experts) == 2, found
-    (found,) = served["qwen3-moe, experts in 16 bit"][1]["layers"]
+@some("qwen3-moe", "mixtral")
+def test_experts_are_packed(served, name):
+    (found,) = served[name][1]["layers"]
+    module = {"qwen3-moe": "mlp", "mixtral": "block_sparse_moe"}[name]
+    experts = {layer: stored for layer, stored in found.items() if module in layer}
+    assert set(experts.values()) == {_EXPERTS} and len(experts) == 2, found
+
+
+@some("qwen3-moe, experts in 16 bit")
+def test_experts_in_16_bit_stay(served, name):
+    (found,) = served[name][1]["layers"]
     assert found and not any("experts" in layer for layer in found)
 
 
 @pytest.fixture(scope="module")
-def on_the_fly(tmp_path_factory, needs_vllm):
+def on_the_fly(tmp_path_factory, needs_vllm, asked_for):
     root = tmp_path_factory.mktemp("plain")
     jobs, wanted = [], []
-    cases = {
-        "llama": (models.llama, {}),
-        "llama, options": (models.llama, {"quant_type": "fp4", "blocksize": 32, "skip_modules": ["v_proj"]}),
-        "qwen3-moe": (models.qwen3_moe, {}),
-        "mixtral": (models.mixtral, {"blocksize": 128}),
-    }
+    cases = {name: case for name, case in WHILE_LOADING.items() if name in asked_for}
     for i, (make, quant) in enumerate(cases.values()):
         make().save_pretrained(root / str(i))
         wanted.append(models.reference(models.written(make(), root / f"{i}-4", **quant)))
@@ -172,7 +186,7 @@ def on_the_fly(tmp_path_factory, needs_vllm):
     return {name: pair for name, *pair in zip(cases, wanted, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, options", "qwen3-moe", "mixtral"])
+@some(*WHILE_LOADING)
 def test_quantized_while_loading(on_the_fly, name):
     wanted, answer = on_the_fly[name]
     assert answer["tokens"] == wanted, answer.get("error")

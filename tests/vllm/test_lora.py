@@ -5,22 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+from tests.support import need
 
-from tests.support import skip_or_fail
-from tests.vllm import engine, models
+need("transformers")
 
-pytestmark = pytest.mark.long
+from tests.vllm import engine, models  # noqa: E402
 
 OPTIONS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
 
 
 def _adapter(folder, path):
     """An adapter that changes the answers, and these."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        skip_or_fail(f"{error}: no adapter is made")
+    need("peft")
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     import fourbit_transformers  # noqa: F401  (registers)
@@ -36,7 +33,7 @@ def _adapter(folder, path):
     return models.answers(model.eval())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_tokens_are_those_of_peft(tmp_path, needs_vllm, ranks):
     folder = models.written(models.llama(), tmp_path / "model", double_quant=True)
     wanted = _adapter(folder, tmp_path / "adapter")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+from tests.support import need
 
-from tests.support import skip_without_device
-from tests.vllm import engine, models
+need("transformers")
 
-pytestmark = pytest.mark.long
+from tests.vllm import engine, models  # noqa: E402
 
 FOLDERS = {
     "nf4": lambda path: models.written(models.llama(), path),
@@ -23,29 +22,35 @@ FOLDERS = {
     "qwen3-moe": lambda path: models.written(models.qwen3_moe(), path, double_quant=True),
     "mixtral": lambda path: models.written(models.mixtral(), path),
 }
-EXPERT_PARALLEL = "qwen3-moe"
-PLAIN = {"quantization": "fourbit"}
+OPTIONS = {"by experts": {"enable_expert_parallel": True}, "while loading": {"quantization": "fourbit"}}
+"""Of vLLM, for qwen3-moe."""
+QUICK = {"half blocks", "qwen3-moe", "mixtral"}
+"""Those that continuous integration has the time for."""
+
+
+def some(*names):
+    """Parameters of a test, `name`."""
+    return models.some(names, QUICK)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, needs_vllm):
-    """Of each folder, what transformers answered and what vLLM did on two ranks."""
+def served(tmp_path_factory, needs_vllm, asked_for):
+    """Of each case, what transformers answered and what vLLM did on two ranks."""
     root = tmp_path_factory.mktemp("served")
-    folders = {name: make(root / str(i)) for i, (name, make) in enumerate(FOLDERS.items())}
-    wanted = {name: models.reference(folder) for name, folder in folders.items()}
-    models.qwen3_moe().save_pretrained(root / "plain")
-    folders["while loading"] = root / "plain"
-    wanted["while loading"] = models.reference(models.written(models.qwen3_moe(), root / "plain-4"))
-    two = {"tensor_parallel_size": 2}
-    jobs = [{"folder": str(folder), "options": dict(two)} for folder in folders.values()]
-    jobs[-1]["options"] |= PLAIN
-    wanted["experts"] = wanted[EXPERT_PARALLEL]
-    jobs.append({"folder": str(folders[EXPERT_PARALLEL]), "options": {**two, "enable_expert_parallel": True}})
+    jobs, wanted = [], {}
+    for name in (name for name in (*FOLDERS, *OPTIONS) if name in asked_for):
+        folder = root / name
+        if name == "while loading":
+            models.qwen3_moe().save_pretrained(folder)
+            wanted[name] = models.reference(models.written(models.qwen3_moe(), root / "4 bit"))
+        else:
+            wanted[name] = models.reference(FOLDERS.get(name, FOLDERS["qwen3-moe"])(folder))
+        jobs.append({"folder": str(folder), "options": {"tensor_parallel_size": 2, **OPTIONS.get(name, {})}})
     found = engine.run(root, jobs, ranks=2, timeout=1800)
     return {name: (wanted[name], answer) for name, answer in zip(wanted, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "while loading", "experts"])
+@some(*FOLDERS, *OPTIONS)
 def test_tokens_are_those_of_transformers(served, name):
     wanted, answer = served[name]
     assert answer["tokens"] == wanted, answer.get("error")
@@ -55,7 +60,7 @@ def test_tokens_are_those_of_transformers(served, name):
 def test_a_pipeline_of_two(tmp_path, needs_vllm):
     """Each rank has its layers. The model runner of vLLM 0.32 for CPUs passes nothing on between them."""
     if torch.cuda.device_count() < 2:
-        skip_without_device("a pipeline wants two GPUs")
+        pytest.skip("a pipeline wants two GPUs")
     folder = models.written(models.mixtral(), tmp_path / "model")
     (answer,) = engine.run(tmp_path, [{"folder": str(folder), "options": {"pipeline_parallel_size": 2}}], ranks=2)
     assert answer["tokens"] == models.reference(folder), answer.get("error")
@@ -63,17 +68,21 @@ def test_a_pipeline_of_two(tmp_path, needs_vllm):
     assert first and second and not set(first) & set(second)
 
 
-def test_each_rank_has_4_bit_layers(served):
-    for name in ("nf4", "double", "half blocks", "one head of k and v", "fused in the folder"):
-        for found in served[name][1]["layers"]:
-            assert len(found) == 8 and set(found.values()) == {"absmax code qweight"}, name
-    for name in ("qwen3-moe", "mixtral", "while loading", "experts"):
-        for found in served[name][1]["layers"]:
-            assert sum("w13_qweight" in stored for stored in found.values()) == 2, name
+@some("nf4", "double", "half blocks", "one head of k and v", "fused in the folder")
+def test_each_rank_has_4_bit_layers(served, name):
+    for found in served[name][1]["layers"]:
+        assert len(found) == 8 and set(found.values()) == {"absmax code qweight"}
 
 
-def test_torn_blocks_are_in_16_bit_on_that_layer_alone(served):
+@some("qwen3-moe", "mixtral", "while loading", "by experts")
+def test_each_rank_has_4_bit_experts(served, name):
+    for found in served[name][1]["layers"]:
+        assert sum("w13_qweight" in stored for stored in found.values()) == 2
+
+
+@some("torn blocks")
+def test_torn_blocks_are_in_16_bit_on_that_layer_alone(served, name):
     """176 columns on two ranks: no block of 32 or more ends at column 88. 144 of q are rows, which are whole."""
-    for found in served["torn blocks"][1]["layers"]:
+    for found in served[name][1]["layers"]:
         assert not any(name.endswith("down_proj") for name in found)
         assert sum(name.endswith("qkv_proj") for name in found) == 2

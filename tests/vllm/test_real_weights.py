@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from fourbit.checkpoint.quantize import quantize_checkpoint
 from fourbit.config import QuantConfig
-from tests.support import skip_or_fail
-from tests.vllm import engine, models
+from tests.support import need, skip_or_fail
 
-pytestmark = pytest.mark.long
+need("transformers")
+
+from tests.vllm import engine, models  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,11 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-import pytest
+from tests.support import installed, need
 
-pytest.importorskip("transformers")
+need("transformers")
 
-from tests.support import installed
-from tests.vllm import engine, models
-
-pytestmark = pytest.mark.long
+from tests.vllm import engine, models  # noqa: E402
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 

@@ -12,15 +12,12 @@ import pytest
 TREE = Path(__file__).parents[3]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     "arguments",
-    (
-        ("--points", "3", "--seed", "1"),
-        pytest.param(("--points", "60"), marks=pytest.mark.long),
-        pytest.param(("--points", "15", "--pipeline"), marks=pytest.mark.long),
-    ),
-    ids=("thinned", "full", "pipeline"),
+    (("--points", "25"), ("--points", "10", "--pipeline")),
+    ids=("model", "pipeline"),
 )
 def test_kills(arguments):
     command = [sys.executable, str(Path(__file__).with_name("kill_together.py")), *arguments]
