@@ -186,5 +186,6 @@ def test_ops_on_dtensors():
     spawn(run_ops, 2)
 
 
+@pytest.mark.long
 def test_explained_and_refused():
     spawn(run_words, 2)
