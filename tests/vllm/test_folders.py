@@ -195,16 +195,16 @@ def test_quantized_while_loading(on_the_fly, name):
     assert not any(layer.endswith(("gate", "lm_head", "embed_tokens")) for layer in found)
 
 
-def test_torch_compile(tmp_path, needs_vllm):
+@pytest.mark.parametrize("make", (pytest.param(models.llama, marks=pytest.mark.long), models.qwen3_moe))
+def test_torch_compile(tmp_path, needs_vllm, make):
     """As vLLM compiles a model, which breaks at no op."""
-    folders = [models.written(models.llama(), tmp_path / "a"), models.written(models.qwen3_moe(), tmp_path / "b")]
-    jobs = [{"folder": str(folder), "options": {"enforce_eager": False}} for folder in folders]
-    found = engine.run(tmp_path, jobs)
-    assert [answer["tokens"] for answer in found] == [models.reference(folder) for folder in folders]
+    folder = models.written(make(), tmp_path / "model")
+    (answer,) = engine.run(tmp_path, [{"folder": str(folder), "options": {"enforce_eager": False}}])
+    assert answer["tokens"] == models.reference(folder), answer.get("error")
 
 
 def test_broken_folders_are_refused(tmp_path, needs_vllm):
-    """A weight without its scales, and a model whose weights vLLM would transpose, with messages that name them."""
+    """A weight without its scales, with a message that names it."""
     folder = models.written(models.llama(), tmp_path / "a")
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
