@@ -14,7 +14,7 @@ COMMANDS = {
     ),
     "all_reduce": ((*TORCHRUN, "peers.all_reduce", "--device", "cpu", "--rounds", "2"), ("| 512 × 16384 | 16777 |",)),
     "processes": (
-        ("-m", "peers.processes", "--counts", "1", "2", "--size-gb", "0.02"),
+        ("-m", "peers.processes", "--counts", "2", "--size-gb", "0.02"),
         ("bound of each process's memory: ", "\n        2 ", "the same\n"),
     ),
 }

@@ -104,7 +104,7 @@ WHILE_LOADING = {
 }
 QUICK = {
     *("double", "v and a layer in 16 bit", "bitsandbytes", "qwen3-moe", "mixtral"),
-    *("llama in 16 bit, options", "qwen3-moe in 16 bit"),
+    "qwen3-moe in 16 bit",
 }
 """Those that continuous integration has the time for."""
 
@@ -203,6 +203,7 @@ def test_torch_compile(tmp_path, needs_vllm, make):
     assert answer["tokens"] == models.reference(folder), answer.get("error")
 
 
+@pytest.mark.long
 def test_broken_folders_are_refused(tmp_path, needs_vllm):
     """A weight without its scales, with a message that names it."""
     folder = models.written(models.llama(), tmp_path / "a")

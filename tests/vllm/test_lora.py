@@ -11,6 +11,8 @@ need("transformers")
 
 from tests.vllm import engine, models  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 OPTIONS = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
 
 
@@ -33,7 +35,7 @@ def _adapter(folder, path):
     return models.answers(model.eval())
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_are_those_of_peft(tmp_path, needs_vllm, ranks):
     folder = models.written(models.llama(), tmp_path / "model", double_quant=True)
     wanted = _adapter(folder, tmp_path / "adapter")

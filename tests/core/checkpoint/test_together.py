@@ -470,7 +470,7 @@ def test_a_run_on_another_machine_where_locks_do_not_reach(tmp_path, monkeypatch
     src = write_folder(tmp_path / "src")
     quantize_checkpoint(src, tmp_path / "want")
     monkeypatch.setattr(staging.FileLock, "acquire", lambda self: None)
-    monkeypatch.setattr(staging.FileLock, "release", lambda self: None)
+    monkeypatch.setattr(staging.FileLock, "release", lambda self, force=False: None)
     names = iter([*("there",) * 2, *("here",) * 100])
     monkeypatch.setattr(team.socket, "gethostname", lambda: next(names))
     said = []
