@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from fourbit.checkpoint.destination import unfinished_folder
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.team import Team
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -29,22 +33,33 @@ def told(request: Request) -> Iterator[None]:
 def tell(target: Path, processes: Processes, error: Exception) -> None:
     """Wait until the other processes, which come to make `target`, have heard of an error; five minutes at most.
 
-    The leader needs the unfinished folder for it, which goes again: where it cannot have that, nobody is told. Ctrl-C
-    ends the waiting: then it is the error's turn.
+    The leader needs the unfinished folder for it, which goes again: where it cannot have that, nobody is told. Who
+    looks on learns of the error when that takes long. Ctrl-C ends the waiting: then it is the error's turn.
     """
-    folder = unfinished_folder(target)
-    with suppress(CheckpointError, OSError, KeyboardInterrupt):
-        if not processes.leads:
-            with Team(folder, processes) as members:
-                members.tell(error)
-            return
-        team.require_quiet(folder)
-        made = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
-        stage = staging.Stage(target)
-        try:
-            with Team(folder, processes) as members:
-                members.tell(error)
-        finally:
-            stage.release(discard=not os.path.lexists(stage.data))
-            for path in made:
-                path.rmdir()
+    said = "%s; until the other processes know, %.0f s at most, this one waits"
+    notice = threading.Timer(team.LEAVE_SECONDS, _log.warning, (said, error, team.JOIN_SECONDS))
+    notice.daemon = True
+    notice.start()
+    try:
+        with suppress(CheckpointError, OSError, KeyboardInterrupt):
+            (_as_leader if processes.leads else _as_follower)(target, processes, error)
+    finally:
+        notice.cancel()
+
+
+def _as_follower(target: Path, processes: Processes, error: Exception) -> None:
+    with Team(unfinished_folder(target), processes) as members:
+        members.tell(error)
+
+
+def _as_leader(target: Path, processes: Processes, error: Exception) -> None:
+    team.require_quiet(unfinished_folder(target))
+    made = [path for path in (target.parent, *target.parent.parents) if not path.exists()]
+    stage = staging.Stage(target)
+    try:
+        with Team(stage.folder, processes) as members:
+            members.tell(error)
+    finally:
+        stage.release(discard=not os.path.lexists(stage.data))
+        for path in made:
+            path.rmdir()

@@ -380,11 +380,13 @@ def test_nobody_is_told_of_a_finished_folder(tmp_path, quickly):
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_one_fails_and_the_others_do_not_come(tmp_path, monkeypatch, rank):
+def test_one_fails_and_the_others_do_not_come(tmp_path, monkeypatch, caplog, rank):
     monkeypatch.setattr(team, "JOIN_SECONDS", 0.5)
     monkeypatch.setattr(team, "LEAVE_SECONDS", 0.1)
     results = together(tmp_path / "src", tmp_path / "dst", 2, only=(rank,))
     assert "src does not exist" in str(results[rank]) and os.listdir(tmp_path) == []
+    (said,) = caplog.messages
+    assert "src does not exist" in said and said.endswith("until the other processes know, 0 s at most, this one waits")
 
 
 @pytest.mark.parametrize("rank", (0, 1))
