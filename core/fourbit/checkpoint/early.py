@@ -15,6 +15,7 @@ from fourbit.checkpoint.destination import unfinished_folder
 from fourbit.checkpoint.errors import CheckpointError
 from fourbit.checkpoint.processes import Processes
 from fourbit.checkpoint.team import Team
+from fourbit.literal import literal
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def tell(target: Path, processes: Processes, error: Exception) -> None:
     looks on learns of the error when that takes long. Ctrl-C ends the waiting: then it is the error's turn.
     """
     said = "%s; until the other processes know, %.0f s at most, this one waits"
-    notice = threading.Timer(team.LEAVE_SECONDS, _log.warning, (said, error, team.JOIN_SECONDS))
+    notice = threading.Timer(team.LEAVE_SECONDS, _log.warning, (said, literal(str(error)), team.JOIN_SECONDS))
     notice.daemon = True
     notice.start()
     try:
