@@ -53,6 +53,8 @@ def check_wheel(names: set[str], read_metadata: str, entry_points: str) -> None:
         "[fourbit.models]",
         "diffusers = fourbit_models.diffusers",
         "transformers = fourbit_models.transformers",
+        "[vllm.general_plugins]",
+        "fourbit = fourbit_vllm:register",
         "fourbit = fourbit_pytest",
         "fourbit.cli:main",
     ):

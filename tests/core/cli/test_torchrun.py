@@ -58,8 +58,6 @@ def test_two_processes(tmp_path):
     assert torchrun(2, "quantize", src, tmp_path / "none", "--dry-run").stdout.count("dry run") == 1
     again = torchrun(2, "quantize", src, tmp_path / "dst")
     assert again.returncode == 1 and "exists already" in again.stderr and "Traceback" not in again.stdout
-    for command in ("verify", "inspect"):
-        assert run(command, tmp_path / "dst").returncode == 0
 
 
 @pytest.mark.long
