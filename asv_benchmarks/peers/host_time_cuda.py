@@ -53,9 +53,9 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
         return 0
 
     kernels = launcher(torch.cuda.current_device()).loaded()
-    kept = [kernel._launch for kernel in kernels]
+    kept = [kernel.launch_function for kernel in kernels]
     for kernel in kernels:
-        kernel._launch = entered
+        kernel.launch_function = entered
     samples = []
     try:
         for _ in range(rounds):
@@ -65,7 +65,7 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
             samples.append((times[-1] - start) / 1e3)
     finally:
         for kernel, function in zip(kernels, kept, strict=True):
-            kernel._launch = function
+            kernel.launch_function = function
     return median(samples)
 
 

@@ -247,25 +247,23 @@ def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan:
     return Plan(spec, b, (blocks, 1, 1), memory.total, text)
 
 
-@dataclass(frozen=True)
 class Ready:
     """A plan with its kernel loaded; called with addresses, it launches.
 
-    x, packed and out must be 16-byte aligned; `scales`: absmax, code and the three of nested scales; `last`: bias or 0,
-    for experts their offsets, int64 if `wide`, else int32.
+    x, packed and out must be 16-byte aligned; `rest`: absmax, code, the three of nested scales, bias or 0 (for experts
+    their offsets, int64 if `wide`, else int32), and out.
     """
 
-    kernel: Any
-    plan: Plan
-    shape: Shape
-
-    def __call__(self, x: int, packed: int, scales: tuple[int, ...], last: int, out: int, wide: bool = False) -> None:
-        kernel, plan, shape = self.kernel, self.plan, self.shape
-        inner = shape.n if shape.transposed else shape.k
+    def __init__(self, kernel: Any, plan: Plan, shape: Shape, wide: bool = False) -> None:
         rows = max(shape.experts, 1) * shape.n
-        maps = (
-            tensor_map(kernel.encode_map, x, 2, inner, shape.m, STEP, plan.block.columns),
-            tensor_map(kernel.encode_map, packed, 1, shape.k // 2, rows, STEP, OUTPUTS),
-        )
-        args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts, int(wide))
-        kernel.launch(plan.grid, plan.block.threads, plan.shared_bytes, args, not shape.experts, maps)
+        inner = shape.n if shape.transposed else shape.k
+        self._encode = kernel.encode_map
+        self._of_x = (2, inner, shape.m, STEP, plan.block.columns)
+        self._of_weight = (1, shape.k // 2, rows, STEP, OUTPUTS)
+        sizes = (shape.m, shape.n, shape.k, shape.experts, int(wide))
+        threads, memory = plan.block.threads, plan.shared_bytes
+        self._launch = kernel.bind(plan.grid, threads, memory, 7, sizes, overlapping=not shape.experts, maps=2)
+
+    def __call__(self, x: int, packed: int, *rest: int) -> None:
+        encode = self._encode
+        self._launch(tensor_map(encode, x, *self._of_x), tensor_map(encode, packed, *self._of_weight), *rest)
