@@ -25,7 +25,7 @@ from fourbit_gpu.spec import KernelSpec
 _SIZES = struct.Struct("7I4x")
 """The first part of CUlaunchConfig: grid x y z, block x y z, shared bytes."""
 
-_PLACE = "QQI4x"
+_STREAM = "QQI4x"
 """The rest of it: stream, attributes, their number."""
 
 _PDL_ATTRIBUTE = struct.pack("<I4xI60x", 6, 1)
@@ -88,10 +88,10 @@ class Launch:
         self._index = kernel.launcher.props.index
         self._sizes = (*grid, threads, 1, 1, shared_bytes)
         self._attributes = (kernel.launcher.pdl_address, 1) if overlapping else (0, 0)
-        self._format = struct.Struct(f"{_PLACE}{f'{MAP_BYTES}s' * maps}{count}Q")
+        self._format = struct.Struct(f"{_STREAM}{f'{MAP_BYTES}s' * maps}{count}Q")
         self._pack = self._format.pack_into
         self._last = last
-        start = _SIZES.size + struct.calcsize(_PLACE)
+        start = _SIZES.size + struct.calcsize(_STREAM)
         self._offsets = [start + MAP_BYTES * i for i in range(maps)]
         self._offsets += [start + MAP_BYTES * maps + 8 * i for i in range(count + len(last))]
         self._free: list[tuple[Any, int, int, Any]] = []
