@@ -79,8 +79,8 @@ def block(columns: int, split: int, transposed: bool = False) -> Block:
         # 128 sums a thread leave no registers for two warpgroups of decoders
         return Block(columns, split, stages, weight_stages, results, decoders=1 if columns == 256 else 2)
     stages, weight_stages = {256: (4, 3), 192: (5, 3), 128: (6, 4), 64: (8, 6), 32: (8, 6)}[columns]
-    few = columns <= 128
-    return Block(columns, split, stages, weight_stages, min(columns, 64), bytewise=few, chunks=2 if columns == 256 else 4)
+    chunks = 4 if columns in (32, 64, 192) else 2
+    return Block(columns, split, stages, weight_stages, min(columns, 64), bytewise=columns <= 64, chunks=chunks)
 
 
 BLOCKS = tuple(
@@ -180,24 +180,22 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     tiles = tiles_of(shape, b)
     blocks = min(props.sm_count // b.split * b.split, tiles * b.split)
     turns, rest = divmod(tiles, blocks)
-    if b.split > 1 and rest * b.split <= blocks:
-        busy = turns * steps + -(-steps // b.split) * (rest > 0)
-    else:
-        busy = (turns + (rest > 0)) * steps
+    shared = b.split > 1 and 0 < rest * b.split <= blocks
+    busy = turns * steps + (-(-steps // b.split) if shared else steps) * (rest > 0)
     step = _STEP_MICROSECONDS[b.transposed][b.columns] * (_IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0)
-    exchange = _EXCHANGE_MICROSECONDS * b.columns if b.split > 1 and rest else 0.0
+    exchange = _EXCHANGE_MICROSECONDS * b.columns if shared else 0.0
     return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
 
 
-_LAUNCH_MICROSECONDS = 4.0
-_TILE_MICROSECONDS = 1.5
+_LAUNCH_MICROSECONDS = 2.8
+_TILE_MICROSECONDS = 1.9
 _STEP_MICROSECONDS = {
-    False: {256: 0.73, 192: 0.62, 128: 0.46, 64: 0.37, 32: 0.34},
-    True: {256: 0.80, 192: 0.64, 128: 0.53, 64: 0.455, 32: 0.42},
+    False: {256: 0.695, 192: 0.57, 128: 0.49, 64: 0.35, 32: 0.325},
+    True: {256: 0.84, 192: 0.64, 128: 0.555, 64: 0.48, 32: 0.445},
 }
 """Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100; for few columns
 decoding takes most of it."""
-_IN_CLUSTERS = {False: 1.0, True: 1.09}
+_IN_CLUSTERS = {False: 1.0, True: 1.14}
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""
 

@@ -51,7 +51,7 @@ def pieces_microseconds(props: DeviceProps, shape: Shape) -> float:
     memory = (written + 2.0 * shape.m * (shape.n + shape.k)) / (0.8 * bandwidth)
     decode = (written + weights * (0.5 + 4.0 / shape.blocksize)) / (0.84 * bandwidth)
     if shape.transposed:  # half of the columns at a time
-        return _LAUNCHES + 1.2 * max(product, memory) + 1.25 * decode
+        return _LAUNCHES + 1.12 * max(product, memory) + 1.1 * decode
     return _LAUNCHES + max(product, memory) + decode
 
 

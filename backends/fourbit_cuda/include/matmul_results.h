@@ -62,11 +62,11 @@ FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const T
                            u32 group, u32 thread, const u16* bias, u16* y) {
 #if SPLIT > 1
     if (shared) {  // each of the two blocks finishes a warpgroup's outputs: it gets the other's sums of these
-        const u32 rank = p.block % SPLIT, mine = exchange + thread * 16;
+        const u32 rank = p.block % SPLIT, owner = group % SPLIT, mine = exchange + thread * 16;
         __syncwarp();
         cluster_meet();
-        if (group != rank) {
-            const u32 to = cluster_address(mine, group);
+        if (owner != rank) {
+            const u32 to = cluster_address(mine, owner);
 #pragma unroll
             for (u32 i = 0; i < NT; ++i) {
                 const float(&d)[4] = sums[i];
@@ -75,7 +75,7 @@ FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const T
         }
         __syncwarp();
         cluster_barrier();
-        if (group != rank) return;
+        if (owner != rank) return;
         constexpr u32 at_a_time = NT < 4 ? NT : 4;
 #pragma unroll
         for (u32 first = 0; first < NT; first += at_a_time) {
