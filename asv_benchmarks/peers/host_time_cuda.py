@@ -1,15 +1,16 @@
 """Prints what a call costs the host on a GPU: from Linear4bit.__call__ to the driver's launch, and whole calls, also of
 forward and backward.
 
-    python -m peers.host_time_cuda
+    python -m peers.host_time_cuda [--size 2048]
 
 Whole calls are those of torch's nn.Linear and of bitsandbytes' Linear4bit too, interleaved. "To the launch" is the
 time from the call to the entry of cuLaunchKernelEx, measured by a stand-in for that function: without the driver's
-own part. The layers are small, so that the GPU is never waited for.
+own part. The layers are small, so that the GPU is never waited for; those of 2048 features multiply 64 rows by pieces.
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 import time
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from harness import bnb
 from harness.calls import microseconds
 from harness.training import Nothing, table, training_microseconds
 
-SIZE = 256
 TRAINING_ROWS = (1, 64, 2048)
 """Of x: of the kernels for few rows and for many, and of a training step."""
 
@@ -53,9 +53,9 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
         return 0
 
     kernels = launcher(torch.cuda.current_device()).loaded()
-    kept = [kernel._launch for kernel in kernels]
+    kept = [kernel.launch_function for kernel in kernels]
     for kernel in kernels:
-        kernel._launch = entered
+        kernel.launch_function = entered
     samples = []
     try:
         for _ in range(rounds):
@@ -65,14 +65,17 @@ def to_the_launch(layer: torch.nn.Module, x: torch.Tensor, rounds: int = 4000) -
             samples.append((times[-1] - start) / 1e3)
     finally:
         for kernel, function in zip(kernels, kept, strict=True):
-            kernel._launch = function
+            kernel.launch_function = function
     return median(samples)
 
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256, help="features of the layers, in and out")
+    size = parser.parse_args().size
     torch.manual_seed(0)
-    plain = torch.nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+    plain = torch.nn.Linear(size, size, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
     layer = fourbit.nn.Linear4bit.from_linear(plain)
     double = fourbit.nn.Linear4bit.from_linear(plain, fourbit.QuantConfig(double_quant=True))
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}")
@@ -89,7 +92,7 @@ def training_calls(rows: int, plain: torch.nn.Linear, *layers: fourbit.nn.Linear
     peer = bnb.linear(plain, torch.bfloat16)
     if peer is not None:
         contenders["bitsandbytes Linear4bit"] = peer
-    x = torch.randn(rows, SIZE, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(rows, plain.in_features, dtype=torch.bfloat16, device="cuda")
     found = training_microseconds(contenders, x, rounds=31, wrap=synchronized)
     print("\n" + table(found, "torch nn.Linear", f"µs of the host, forward and backward, {rows} rows"))
 
@@ -97,14 +100,14 @@ def training_calls(rows: int, plain: torch.nn.Linear, *layers: fourbit.nn.Linear
 @torch.inference_mode()
 def calls_without_gradient(plain: torch.nn.Linear, layer: fourbit.nn.Linear4bit, double: fourbit.nn.Linear4bit) -> None:
     """Of forward alone."""
-    x = torch.randn(1, SIZE, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(1, plain.in_features, dtype=torch.bfloat16, device="cuda")
     packed, state = layer.quant_state()
     calls = {
         "torch nn.Linear": lambda: plain(x),
         "fourbit Linear4bit": lambda: layer(x),
         "fourbit Linear4bit, double-quantized": lambda: double(x),
         "fourbit.linear_4bit": lambda: fourbit.linear_4bit(x, packed, state),
-        "torch.empty": lambda: torch.empty((1, SIZE), dtype=torch.bfloat16, device="cuda"),
+        "torch.empty": lambda: torch.empty((1, plain.in_features), dtype=torch.bfloat16, device="cuda"),
     }
     peer = bnb.linear(plain, torch.bfloat16)
     if peer is not None:

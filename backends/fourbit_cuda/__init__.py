@@ -55,7 +55,7 @@ class CudaBackend(GpuBackend):
         from fourbit_cuda import linear
         from fourbit_cuda.driver import launcher
 
-        self._linear = linear.linear
+        self._linear, self._linear_grad = linear.linear, linear.linear_grad
         return launcher(index)
 
     # ---- products -------------------------------------------------------------------------------------------
@@ -71,9 +71,12 @@ class CudaBackend(GpuBackend):
         return result
 
     def linear_4bit_grad(self, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
-        from fourbit_cuda import linear
-
-        result: Tensor = self._run(linear.linear_grad, grad.device, grad, weight, in_features)
+        index = grad.device.index
+        launcher = self._launchers.get(index)
+        if launcher is not None and current_device() == index:
+            return self._linear_grad(launcher, grad, weight, in_features)
+        self._launcher(grad.device)
+        result: Tensor = self._run(self._linear_grad, grad.device, grad, weight, in_features)
         return result
 
     def grouped_linear_4bit(self, x: Tensor, offsets: Tensor, weight: Weight, out_features: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The CUDA driver through cuda-python: modules and kernels of a device, launched on torch's current stream.
 
 All but the launch goes through cuda.bindings. The launch itself is cuLaunchKernelEx called by ctypes on one
-buffer that holds the launch configuration and the parameters, packed by one struct call.
+buffer that holds the launch configuration and the parameters; what is not the same at every launch of a kernel for one
+shape is packed into it by one struct call.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.launcher import Grid, Kernel, Launcher, LaunchError
 from fourbit_gpu.spec import KernelSpec
 
-_CONFIG = "7I4xQQI4x"
-"""CUlaunchConfig: grid x y z, block x y z, shared bytes, stream, attributes, their number."""
+_SIZES = struct.Struct("7I4x")
+"""The first part of CUlaunchConfig: grid x y z, block x y z, shared bytes."""
 
-_CONFIG_BYTES = struct.calcsize(_CONFIG)
+_STREAM = "QQI4x"
+"""The rest of it: stream, attributes, their number."""
+
 _PDL_ATTRIBUTE = struct.pack("<I4xI60x", 6, 1)
 """CUlaunchAttribute: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1."""
 
@@ -63,29 +66,69 @@ def driver_version() -> tuple[int, int]:
     return number // 1000, number % 1000 // 10
 
 
-class _Buffers:
-    """Launch buffers for kernels of `count` parameters behind `maps` tensor maps: configuration, parameters, and
-    pointers to these.
+class Launch:
+    """A kernel with what is the same at each of its launches; called with the other parameters, it launches.
 
-    A launch takes one out of the list and puts it back, so that threads never share one: the driver copies the
+    A launch takes a buffer out of the list and puts it back, so that threads never share one: the driver copies the
     parameters before the call returns.
     """
 
-    def __init__(self, count: int, maps: int) -> None:
-        self.format = struct.Struct(f"{_CONFIG}{f'{MAP_BYTES}s' * maps}{count}Q")
-        self.offsets = [_CONFIG_BYTES + MAP_BYTES * i for i in range(maps)]
-        self.offsets += [_CONFIG_BYTES + MAP_BYTES * maps + 8 * i for i in range(count)]
-        self.free: list[tuple[Any, int, int, Any]] = []
+    def __init__(
+        self,
+        kernel: CudaKernel,
+        grid: Grid,
+        threads: int,
+        shared_bytes: int,
+        count: int,
+        last: tuple[int, ...],
+        overlapping: bool,
+        maps: int,
+    ) -> None:
+        self._kernel = kernel
+        self._index = kernel.launcher.props.index
+        self._sizes = (*grid, threads, 1, 1, shared_bytes)
+        self._attributes = (kernel.launcher.pdl_address, 1) if overlapping else (0, 0)
+        self._format = struct.Struct(f"{_STREAM}{f'{MAP_BYTES}s' * maps}{count}Q")
+        self._pack = self._format.pack_into
+        self._last = last
+        start = _SIZES.size + struct.calcsize(_STREAM)
+        self._offsets = [start + MAP_BYTES * i for i in range(maps)]
+        self._offsets += [start + MAP_BYTES * maps + 8 * i for i in range(count + len(last))]
+        self._free: list[tuple[Any, int, int, Any]] = []
 
-    def new(self) -> tuple[Any, int, int, Any]:
+    def _new(self) -> tuple[Any, int, int, Any]:
         """`(memory, its address, address of the parameter pointers, what keeps these alive)`."""
-        memory = ctypes.create_string_buffer(self.format.size)
+        end = _SIZES.size + self._format.size
+        memory = ctypes.create_string_buffer(end + 8 * len(self._last))
+        _SIZES.pack_into(memory, 0, *self._sizes)
+        struct.pack_into(f"{len(self._last)}Q", memory, end, *self._last)
         address = ctypes.addressof(memory)
-        pointers = (ctypes.c_void_p * max(len(self.offsets), 1))(*(address + offset for offset in self.offsets))
+        pointers = (ctypes.c_void_p * max(len(self._offsets), 1))(*(address + offset for offset in self._offsets))
         return memory, address, ctypes.addressof(pointers), pointers
 
+    def __call__(self, *parameters: int | bytes) -> None:
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = self._new()
+        memory, address, pointers, _ = buffer
+        self._pack(memory, _SIZES.size, _raw_stream(self._index), *self._attributes, *parameters)
+        kernel = self._kernel
+        error = kernel.launch_function(address, kernel.handle, pointers, None)
+        if error == INVALID_CONTEXT:  # a thread in which torch has not used this device yet
+            kernel.launcher.make_current()
+            error = kernel.launch_function(address, kernel.handle, pointers, None)
+        self._free.append(buffer)
+        if error:
+            x, y, z, threads, *_, shared_bytes = self._sizes
+            raise LaunchError(
+                f"kernel {kernel.spec.label()} on {kernel.launcher.props.name} (cuda:{self._index}), grid"
+                f" {(x, y, z)}, {threads} threads, {shared_bytes} bytes of shared memory: {describe_error(error)}"
+            )
 
-_buffers: dict[tuple[int, int], _Buffers] = {}
+
+_MOST_BOUND = 1024
+"""Launches that a kernel keeps of those that nobody else does."""
 
 
 class CudaKernel(Kernel):
@@ -95,13 +138,12 @@ class CudaKernel(Kernel):
         from cuda.bindings import driver
 
         self.spec = spec
-        self._function = function
-        self._handle = int(function)
-        self._launcher = launcher
-        self._index = launcher.props.index
-        self._launch = launcher.launch_function
-        self._pdl = launcher.pdl_address
+        self.launcher = launcher
+        self.launch_function = launcher.launch_function
         self.encode_map = launcher.encode_map
+        self.handle = int(function)
+        self._function = function
+        self._bound: dict[tuple[Grid, int, int, int], Launch] = {}
         attribute = driver.CUfunction_attribute
         # asking for an attribute also makes a lazily loading driver load the kernel now rather than at the launch
         size = driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
@@ -117,42 +159,31 @@ class CudaKernel(Kernel):
         result = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
         return int(check(result, f"occupancy of kernel {self.spec.label()}"))
 
-    def launch(
+    def bind(
         self,
         grid: Grid,
         threads: int,
         shared_bytes: int,
-        args: Sequence[int],
+        count: int,
+        last: tuple[int, ...] = (),
         overlapping: bool = False,
-        maps: tuple[bytes, ...] = (),
-    ) -> None:
-        """As `Kernel.launch`. `overlapping` sets programmatic stream serialization (sm_90 and newer): the kernel
-        may start before the one before it ends, and must wait for it itself (griddepcontrol.wait). `maps`: tensor
-        maps, the kernel's first parameters."""
-        count = len(args), len(maps)
-        buffers = _buffers.get(count)
-        if buffers is None:
-            buffers = _buffers.setdefault(count, _Buffers(*count))
-        try:
-            buffer = buffers.free.pop()
-        except IndexError:
-            buffer = buffers.new()
-        buffers.format.pack_into(
-            *(buffer[0], 0, *grid, threads, 1, 1, shared_bytes, _raw_stream(self._index)),
-            *((self._pdl, 1) if overlapping else (0, 0)),
-            *maps,
-            *args,
-        )
-        error = self._launch(buffer[1], self._handle, buffer[2], None)
-        if error == INVALID_CONTEXT:  # a thread in which torch has not used this device yet
-            self._launcher.make_current()
-            error = self._launch(buffer[1], self._handle, buffer[2], None)
-        buffers.free.append(buffer)
-        if error:
-            raise LaunchError(
-                f"kernel {self.spec.label()} on {self._launcher.props.name} (cuda:{self._index}), grid {grid},"
-                f" {threads} threads, {shared_bytes} bytes of shared memory: {describe_error(error)}"
-            )
+        maps: int = 0,
+    ) -> Launch:
+        """What launches with `maps` tensor maps and `count` parameters, which it is called with, and the `last` ones.
+
+        As `launch` otherwise. `overlapping` sets programmatic stream serialization (sm_90 and newer): the kernel may
+        start before the one before it ends, and must wait for it itself (griddepcontrol.wait).
+        """
+        return Launch(self, grid, threads, shared_bytes, count, last, overlapping, maps)
+
+    def launch(self, grid: Grid, threads: int, shared_bytes: int, args: Sequence[int]) -> None:
+        key = (grid, threads, shared_bytes, len(args))
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) >= _MOST_BOUND:
+                self._bound.clear()
+            bound = self._bound[key] = self.bind(*key)
+        bound(*args)
 
 
 class CudaLauncher(Launcher):

@@ -23,17 +23,22 @@ STEP = 64
 """Elements of the inner dimension at a time."""
 
 
+BYTE_TO = 256
+"""Bytes of what a byte stands for, in the table of them."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Compile-time choices of a kernel.
 
     Attributes:
-        columns: rows of x in a tile: 32, 64, 128 or 256.
+        columns: rows of x in a tile: 32, 64, 128, 192 or 256.
         split: blocks of a cluster, which share the last tiles: 1 or 2.
         stages: tiles of x on their way; of the gradient, and of the decoded weight.
         weight_stages: pairs of steps of the weight on their way.
         result_columns: rows of x whose results leave at a time.
         decoders: of the gradient: warpgroups that decode for the others. Of a product none: what multiplies decodes.
+        bytewise: of a product: whether the weight is decoded by a table of bytes, or by tables of each block's values.
         chunks: of a product: of the four parts of a step, how many are multiplied at a time.
         buffers: of a product: decoded operands of so many parts.
     """
@@ -44,6 +49,7 @@ class Block:
     weight_stages: int
     result_columns: int
     decoders: int = 0
+    bytewise: bool = False
     chunks: int = 2
     buffers: int = 2
 
@@ -61,22 +67,24 @@ class Block:
     def registers(self) -> tuple[int, int]:
         """Of a thread that decodes or brings, and of one that multiplies: together what all have at the launch."""
         if not self.transposed:
-            return (72, 216) if self.columns == 256 else (88, 208)
+            return (72, 216) if self.columns > 128 else (88, 208)
         return {1: (88, 208), 2: (112, 144)}[self.decoders]
 
 
 def block(columns: int, split: int, transposed: bool = False) -> Block:
     """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
-    if not transposed:
-        stages, weight_stages, results = {256: (4, 3, 64), 128: (6, 4, 64), 64: (8, 6, 64), 32: (8, 6, 32)}[columns]
-        return Block(columns, split, stages, weight_stages, results, chunks=2 if columns > 64 else 4)
-    if columns == 256:  # 128 sums a thread: no registers for two warpgroups of decoders
-        return Block(256, split, 3, 4, 128, 1)
-    return Block(128, split, 5, 4, 128, 2) if columns == 128 else Block(columns, split, 6, 6, columns, 2)
+    if transposed:
+        stages, weight_stages = {256: (3, 4), 192: (4, 4), 128: (5, 4), 64: (6, 6), 32: (6, 6)}[columns]
+        results = 64 if columns == 192 else min(columns, 128)
+        # 128 sums a thread leave no registers for two warpgroups of decoders
+        return Block(columns, split, stages, weight_stages, results, decoders=1 if columns == 256 else 2)
+    stages, weight_stages = {256: (4, 3), 192: (5, 3), 128: (6, 4), 64: (8, 6), 32: (8, 6)}[columns]
+    chunks = 4 if columns in (32, 64, 192) else 2
+    return Block(columns, split, stages, weight_stages, min(columns, 64), bytewise=columns <= 64, chunks=chunks)
 
 
 BLOCKS = tuple(
-    block(c, split, transposed) for transposed in (False, True) for c in (256, 128, 64, 32) for split in (1, 2)
+    block(c, split, transposed) for transposed in (False, True) for c in (256, 192, 128, 64, 32) for split in (1, 2)
 )
 """What plans choose from."""
 
@@ -86,6 +94,7 @@ class Memory(NamedTuple):
 
     Attributes:
         weight_at: the packed weight's ring.
+        table_at: of bytes.
         results_at: results on their way out.
         barriers_at: of both rings.
         codes_at: the table of nested_code.
@@ -94,6 +103,7 @@ class Memory(NamedTuple):
     """
 
     weight_at: int
+    table_at: int
     results_at: int
     barriers_at: int
     codes_at: int
@@ -106,15 +116,16 @@ class Memory(NamedTuple):
         pair = OUTPUTS * STEP
         if b.transposed:
             weight = b.stages * (b.columns * STEP * 2 + OUTPUTS * STEP * 2)
-        else:  # with a table for each block of the weight
+        else:  # with a scale or a table for each block of the weight
             weight = b.stages * b.columns * STEP * 2
-            pair += max(2 * STEP // shape.blocksize, 1) * OUTPUTS * 32
-        results = weight + b.weight_stages * pair
+            pair += max(2 * STEP // shape.blocksize, 1) * OUTPUTS * (4 if b.bytewise else 32)
+        table = weight + b.weight_stages * pair
+        results = table + (256 * BYTE_TO if b.bytewise else 0)
         barriers = results + 2 * b.result_columns * 128
         codes = barriers + 16 * (b.stages + b.weight_stages)
         experts = codes + (1024 if shape.nested else 0)
         total = experts + (4 * (3 * shape.experts + 2) if shape.experts else 0)
-        return cls(weight, results, barriers, codes, experts, total)
+        return cls(weight, table, results, barriers, codes, experts, total)
 
     def defines(self) -> dict[str, int]:
         """What the kernel is compiled with."""
@@ -169,24 +180,22 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     tiles = tiles_of(shape, b)
     blocks = min(props.sm_count // b.split * b.split, tiles * b.split)
     turns, rest = divmod(tiles, blocks)
-    if b.split > 1 and rest * b.split <= blocks:
-        busy = turns * steps + -(-steps // b.split) * (rest > 0)
-    else:
-        busy = (turns + (rest > 0)) * steps
+    shared = b.split > 1 and 0 < rest * b.split <= blocks
+    busy = turns * steps + (-(-steps // b.split) if shared else steps) * (rest > 0)
     step = _STEP_MICROSECONDS[b.transposed][b.columns] * (_IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0)
-    exchange = _EXCHANGE_MICROSECONDS * b.columns if b.split > 1 and rest else 0.0
+    exchange = _EXCHANGE_MICROSECONDS * b.columns if shared else 0.0
     return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
 
 
-_LAUNCH_MICROSECONDS = 4.0
-_TILE_MICROSECONDS = 1.5
+_LAUNCH_MICROSECONDS = 2.8
+_TILE_MICROSECONDS = 1.9
 _STEP_MICROSECONDS = {
-    False: {256: 0.73, 128: 0.49, 64: 0.41, 32: 0.36},
-    True: {256: 0.80, 128: 0.53, 64: 0.455, 32: 0.42},
+    False: {256: 0.695, 192: 0.57, 128: 0.49, 64: 0.35, 32: 0.325},
+    True: {256: 0.84, 192: 0.64, 128: 0.555, 64: 0.48, 32: 0.445},
 }
 """Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100; for few columns
 decoding takes most of it."""
-_IN_CLUSTERS = {False: 1.0, True: 1.09}
+_IN_CLUSTERS = {False: 1.0, True: 1.14}
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""
 
@@ -215,7 +224,7 @@ def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan:
     own = (
         {"DECODERS": b.decoders, "DECODER_REGISTERS": decode}
         if b.transposed
-        else {"CHUNKS": b.chunks, "BUFFERS": b.buffers, "SUPPLY_REGISTERS": decode}
+        else {"BYTEWISE": int(b.bytewise), "CHUNKS": b.chunks, "BUFFERS": b.buffers, "SUPPLY_REGISTERS": decode}
     )
     spec = KernelSpec.of(
         f"{name}.cu",
@@ -247,25 +256,23 @@ def make_plan(props: DeviceProps, shape: Shape, b: Block) -> Plan:
     return Plan(spec, b, (blocks, 1, 1), memory.total, text)
 
 
-@dataclass(frozen=True)
 class Ready:
     """A plan with its kernel loaded; called with addresses, it launches.
 
-    x, packed and out must be 16-byte aligned; `scales`: absmax, code and the three of nested scales; `last`: bias or 0,
-    for experts their offsets, int64 if `wide`, else int32.
+    x, packed and out must be 16-byte aligned; `rest`: absmax, code, the three of nested scales, bias or 0 (for experts
+    their offsets, int64 if `wide`, else int32), and out.
     """
 
-    kernel: Any
-    plan: Plan
-    shape: Shape
-
-    def __call__(self, x: int, packed: int, scales: tuple[int, ...], last: int, out: int, wide: bool = False) -> None:
-        kernel, plan, shape = self.kernel, self.plan, self.shape
-        inner = shape.n if shape.transposed else shape.k
+    def __init__(self, kernel: Any, plan: Plan, shape: Shape, wide: bool = False) -> None:
         rows = max(shape.experts, 1) * shape.n
-        maps = (
-            tensor_map(kernel.encode_map, x, 2, inner, shape.m, STEP, plan.block.columns),
-            tensor_map(kernel.encode_map, packed, 1, shape.k // 2, rows, STEP, OUTPUTS),
-        )
-        args = (*scales, last, out, shape.m, shape.n, shape.k, shape.experts, int(wide))
-        kernel.launch(plan.grid, plan.block.threads, plan.shared_bytes, args, not shape.experts, maps)
+        inner = shape.n if shape.transposed else shape.k
+        self._encode = kernel.encode_map
+        self._of_x = (2, inner, shape.m, STEP, plan.block.columns)
+        self._of_weight = (1, shape.k // 2, rows, STEP, OUTPUTS)
+        sizes = (shape.m, shape.n, shape.k, shape.experts, int(wide))
+        threads, memory = plan.block.threads, plan.shared_bytes
+        self._launch = kernel.bind(plan.grid, threads, memory, 7, sizes, overlapping=not shape.experts, maps=2)
+
+    def __call__(self, x: int, packed: int, *rest: int) -> None:
+        encode = self._encode
+        self._launch(tensor_map(encode, x, *self._of_x), tensor_map(encode, packed, *self._of_weight), *rest)

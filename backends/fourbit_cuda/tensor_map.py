@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from functools import lru_cache
 
 MAP_BYTES = 128
 _ALIGNMENT = 64
+_GEOMETRY = struct.Struct("2QQ2I2I")
+"""Sizes, the stride of rows in bytes, sizes of a tile, steps between its elements: of columns first."""
 _UINT8, _UINT16 = 0, 1  # CUtensorMapDataType; 16-bit floats are only moved
 _SWIZZLES = {64: 2, 128: 3}  # CUtensorMapSwizzle by the bytes of a tile's row
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -45,15 +48,14 @@ def tensor_map(
     A tile [tile_rows, tile_columns] has rows of 64 or 128 bytes, whose 16-byte pieces come exchanged as wgmma wants
     them; what of it lies outside of the matrix comes as zeros. Raises MapError.
     """
-    memory = ctypes.create_string_buffer(MAP_BYTES + _ALIGNMENT)
-    at = -(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT
-    dims = (ctypes.c_uint64 * 2)(columns, rows)
-    strides = (ctypes.c_uint64 * 1)(columns * itemsize)
-    box = (ctypes.c_uint32 * 2)(tile_columns, tile_rows)
-    steps = (ctypes.c_uint32 * 2)(1, 1)
+    # one piece of memory for what is read and for the map: products with new memory for x wait for this
+    memory = ctypes.create_string_buffer(_GEOMETRY.size + _ALIGNMENT + MAP_BYTES)
+    _GEOMETRY.pack_into(memory, 0, columns, rows, columns * itemsize, tile_columns, tile_rows, 1, 1)
+    dims = ctypes.addressof(memory)
+    at = -(-(dims + _GEOMETRY.size) // _ALIGNMENT) * _ALIGNMENT
     error = encode(
-        *(at, _UINT8 if itemsize == 1 else _UINT16, 2, address, ctypes.addressof(dims), ctypes.addressof(strides)),
-        *(ctypes.addressof(box), ctypes.addressof(steps), 0, _SWIZZLES[tile_columns * itemsize], _PROMOTION_128, 0),
+        *(at, _UINT8 if itemsize == 1 else _UINT16, 2, address, dims, dims + 16, dims + 24, dims + 32),
+        *(0, _SWIZZLES[tile_columns * itemsize], _PROMOTION_128, 0),
     )
     if error:
         raise MapError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from math import gcd
 
 import torch
@@ -27,28 +27,32 @@ def slice_spec(dtype: torch.dtype, nested: bool) -> KernelSpec:
 def linear(launcher: Launcher, x: Tensor, weight: Weight, out_features: int, bias: Tensor | None) -> Tensor:
     """See `Backend.linear_4bit`; rows of the weight piece by piece. x is not empty."""
     k, blocksize = x.shape[-1], weight.blocksize
-    shape, x = (*x.shape[:-1], out_features), x.reshape(-1, k)
-    m = x.shape[0]
     # a piece starts with a block, and with a nested block where the scales are double-quantized
     unit = blocksize * NESTED_BLOCKSIZE if weight.nested else blocksize
-    whole = unit // gcd(k, unit)
-    step = piece_columns(launcher.props, m, out_features, k, x.element_size(), whole=True)
-    step = -(-step // whole) * whole
-    if step >= out_features:
-        w = elementwise.dequantize(launcher, weight, (out_features, k), x.dtype)
-        return functional.linear(x, w, bias).view(shape)
-    out = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
-    scratch = torch.empty(step * k, dtype=x.dtype, device=x.device)
+    step = _rows(launcher, x.numel() // k, out_features, k, x.element_size(), unit)
+    scratch = x.new_empty((step, k))
+    if step == out_features:
+        return functional.linear(x, elementwise.dequantize(launcher, weight, (step, k), x.dtype, scratch), bias)
+    out = x.new_empty((*x.shape[:-1], out_features))
+    x, flat = x.view(-1, k), out.view(-1, out_features)
     for first in range(0, out_features, step):
-        rows = min(step, out_features - first)
-        w = scratch[: rows * k]
-        elementwise.dequantize(launcher, weight, (rows, k), x.dtype, out=w, first_block=first * k // blocksize)
-        part = out[:, first : first + rows]
+        w = scratch[: out_features - first]
+        elementwise.dequantize(launcher, weight, w.shape, x.dtype, w, first_block=first * k // blocksize)
+        part = flat[:, first : first + step]
         if bias is None:
-            torch.mm(x, w.view(rows, k).t(), out=part)
+            torch.mm(x, w.t(), out=part)
         else:
-            torch.addmm(bias[first : first + rows], x, w.view(rows, k).t(), out=part)
-    return out.view(shape)
+            torch.addmm(bias[first : first + step], x, w.t(), out=part)
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _rows(launcher: Launcher, m: int, n: int, k: int, itemsize: int, unit: int) -> int:
+    """Rows of the weight [n, k] in a piece, each a multiple of `unit` weights: all of them, or as many as
+    `piece_columns` says."""
+    whole = unit // gcd(k, unit)
+    step = piece_columns(launcher.props, m, n, k, itemsize, whole=True)
+    return min(-(-step // whole) * whole, n)
 
 
 def linear_grad(launcher: Launcher, grad: Tensor, weight: Weight, in_features: int) -> Tensor:
@@ -57,27 +61,32 @@ def linear_grad(launcher: Launcher, grad: Tensor, weight: Weight, in_features: i
     At most about half of a large weight is in 16 bit at a time.
     """
     n = grad.shape[-1]
-    shape = (*grad.shape[:-1], in_features)
     if grad.numel() == 0:
-        return grad.new_zeros(shape)
-    grad = grad.reshape(-1, n)
-    m = grad.shape[0]
-    step = piece_columns(launcher.props, m, in_features, n, grad.element_size(), whole=False)
-    scratch = torch.empty(n * step, dtype=grad.dtype, device=grad.device)
-    if step >= in_features:
-        return (grad @ columns(launcher, weight, scratch, n, in_features, 0, in_features)).view(shape)
-    out = torch.empty(m, in_features, dtype=grad.dtype, device=grad.device)
+        return grad.new_zeros((*grad.shape[:-1], in_features))
+    step = _columns(launcher, grad.numel() // n, in_features, n, grad.element_size())
+    scratch = grad.new_empty((n, step))
+    if step == in_features:
+        return torch.matmul(grad, columns(launcher, weight, scratch, in_features, 0))
+    out = grad.new_empty((*grad.shape[:-1], in_features))
+    grad, flat = grad.view(-1, n), out.view(-1, in_features)
     for first in range(0, in_features, step):
-        width = min(step, in_features - first)
-        w = columns(launcher, weight, scratch, n, in_features, first, width)
-        torch.mm(grad, w, out=out[:, first : first + width])
-    return out.view(shape)
+        w = scratch
+        if in_features - first < step:  # the last one
+            w = scratch.view(-1)[: n * (in_features - first)].view(n, -1)
+        torch.mm(grad, columns(launcher, weight, w, in_features, first), out=flat[:, first : first + step])
+    return out
 
 
-def columns(launcher: Launcher, weight: Weight, out: Tensor, rows: int, k: int, first: int, width: int) -> Tensor:
-    """Columns first … first + width of the weight [rows, k], decoded into the start of `out`: [rows, width]."""
+@lru_cache(maxsize=4096)
+def _columns(launcher: Launcher, m: int, k: int, n: int, itemsize: int) -> int:
+    """Columns of the weight [n, k] in a piece."""
+    return piece_columns(launcher.props, m, k, n, itemsize, whole=False)
+
+
+def columns(launcher: Launcher, weight: Weight, out: Tensor, k: int, first: int) -> Tensor:
+    """Columns of the weight [rows, k], from `first` on, decoded into `out` [rows, width], which is returned."""
+    rows, width = out.shape
     packed, absmax, code, blocksize, *_ = weight
-    spec = slice_spec(out.dtype, weight.nested)
     source = packed.data_ptr()
     aligned = source % 4 == 0 and k % 8 == 0 and first % 8 == 0 and width % 8 == 0
     parts = -(-width // 2048)
@@ -88,8 +97,8 @@ def columns(launcher: Launcher, weight: Weight, out: Tensor, rows: int, k: int, 
         int(aligned),
     )
     blocks = min(rows, max(launcher.props.sm_count * 8 // parts, 1))
-    launcher.launch(spec, (blocks, parts, 1), 256, 0, args)
-    return out[: rows * width].view(rows, width)
+    launcher.launch(slice_spec(out.dtype, weight.nested), (blocks, parts, 1), 256, 0, args)
+    return out
 
 
 def piece_columns(props: DeviceProps, m: int, columns: int, inner: int, itemsize: int, *, whole: bool) -> int:

@@ -77,13 +77,17 @@ class EmulatedKernel:
         ctypes.memmove(at, packed.ljust(128, b"\0"), 128)
         return 0
 
-    def launch(self, grid, threads, shared_bytes, args, overlapping, maps) -> None:
-        """As CudaKernel.launch."""
-        both = ctypes.create_string_buffer(b"".join(each[:48] for each in maps), 96)
-        addresses = (ctypes.c_void_p * 7)(*args[:7])
-        sizes = (ctypes.c_int64 * 5)(*args[7:])
-        assert grid[1:] == (1, 1)
-        self.library.run(both, addresses, sizes, grid[0], shared_bytes)
+    def bind(self, grid, threads, shared_bytes, count, last, overlapping, maps):
+        """As CudaKernel.bind."""
+        assert (grid[1:], count, maps) == ((1, 1), 7, 2)
+        sizes = (ctypes.c_int64 * 5)(*last)
+
+        def launch(*parameters) -> None:
+            both = ctypes.create_string_buffer(b"".join(each[:48] for each in parameters[:2]), 96)
+            addresses = (ctypes.c_void_p * 7)(*parameters[2:])
+            self.library.run(both, addresses, sizes, grid[0], shared_bytes)
+
+        return launch
 
 
 def props(sms: int) -> DeviceProps:
@@ -128,11 +132,11 @@ def product(
     added = aligned(torch.randn(outputs, generator=generator).to(dtype))
     offsets = aligned(torch.tensor(ends or [0], dtype=torch.int64 if wide else torch.int32))
     plan = matmul.make_plan(props(sms), shape, kind)
-    ready = matmul.Ready(EmulatedKernel(build(plan.spec)), plan, shape)
+    ready = matmul.Ready(EmulatedKernel(build(plan.spec)), plan, shape, wide)
     nested = [state.nested_absmax, state.nested_code, state.nested_offset] if shape.nested else []
     scales = [each.data_ptr() for each in (state.absmax, state.code, *nested)] + [0] * (3 - len(nested))
     last = offsets.data_ptr() if shape.experts else added.data_ptr() if bias else 0
-    ready(x.data_ptr(), packed.data_ptr(), tuple(scales), last, out.data_ptr(), wide)
+    ready(x.data_ptr(), packed.data_ptr(), *scales, last, out.data_ptr())
     if not shape.experts:
         expected = x.double() @ (dense[0] if shape.transposed else dense[0].T)
         return out, expected + added.double() if bias else expected

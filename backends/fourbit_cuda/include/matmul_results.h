@@ -3,8 +3,6 @@
 #include "matmul_work.h"
 
 #define NT (COLUMNS / 8)  // blocks of eight rows of x
-#define SLICES (SPLIT > 2 ? SPLIT / 2 : 1)
-#define PART (SPLIT > 1 ? NT / SLICES : NT)  // of those, what a block of a cluster finishes for one warpgroup
 #define RESULT_BYTES (RESULT_COLUMNS * 128)  // of a warpgroup's buffer
 
 // Writes COUNT blocks of eight rows of x, from block `first` on, of a warpgroup's 64 outputs.
@@ -58,61 +56,41 @@ FB_DEVICE void write_results(const float (&sums)[COUNT][4], const int first, u32
     }
 }
 
-#if SPLIT > 1
-// d += the other blocks' sums, of which that of block `from` lies at `at` + from * PART * GROUP * 16; whichever block adds
-// them, the result is the same.
-FB_DEVICE void add_others(float (&d)[4], const float (&own)[4], u32 at, u32 rank) {
-#pragma unroll
-    for (u32 from = 0; from < (SPLIT == 2 ? 1 : SPLIT); ++from) {  // two sums can be added in either order
-        const u32x4 v = shared_load4(at + (SPLIT == 2 ? 1 - rank : from) * (PART * GROUP * 16));
-        const float other[4] = {float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w)};
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            if (SPLIT == 2) d[c] = own[c] + other[c];
-            else d[c] = (from > 0 ? d[c] : 0.0f) + (from == rank ? own[c] : other[c]);
-            settle(d[c]);
-        }
-    }
-}
-#endif
-
 // Of a warpgroup's 64 outputs of a tile; what the cluster shares is added up at `exchange`, where nothing lies any more as
 // soon as all of it are here.
 FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const Tile& t, bool shared, u32 exchange, u32 buffer,
                            u32 group, u32 thread, const u16* bias, u16* y) {
 #if SPLIT > 1
-    if (shared) {
-        // each block finishes a warpgroup's outputs for a slice of the rows of x: it gets the others' sums of these
-        const u32 rank = p.block % SPLIT;
-        const u32 mine = exchange + thread * 16;
+    if (shared) {  // each of the two blocks finishes a warpgroup's outputs: it gets the other's sums of these
+        const u32 rank = p.block % SPLIT, owner = group % SPLIT, mine = exchange + thread * 16;
         __syncwarp();
-        cluster_barrier();
+        cluster_meet();
+        if (owner != rank) {
+            const u32 to = cluster_address(mine, owner);
 #pragma unroll
-        for (u32 slice = 0; slice < SLICES; ++slice) {
-            const u32 owner = 2 * slice + group;
-            if (owner == rank) continue;
-            const u32 to = cluster_address(mine + rank * (PART * GROUP * 16), owner);
-#pragma unroll
-            for (u32 i = 0; i < PART; ++i) {
-                const float(&d)[4] = sums[slice * PART + i];
+            for (u32 i = 0; i < NT; ++i) {
+                const float(&d)[4] = sums[i];
                 cluster_store4(to + i * (GROUP * 16), u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])});
             }
         }
         __syncwarp();
         cluster_barrier();
-        if (group != rank % 2) return;
+        if (owner != rank) return;
+        constexpr u32 at_a_time = NT < 4 ? NT : 4;
 #pragma unroll
-        for (u32 slice = 0; slice < SLICES; ++slice) {
-            if (slice != rank / 2) continue;
-            constexpr u32 at_a_time = PART < 4 ? PART : 4;
+        for (u32 first = 0; first < NT; first += at_a_time) {
+            float both[at_a_time][4];  // in sums themselves, the compiler would let products wait for one another
 #pragma unroll
-            for (u32 first = 0; first < PART; first += at_a_time) {
-                float all[at_a_time][4];  // in sums themselves, the compiler would let products wait for one another
+            for (u32 i = 0; i < at_a_time; ++i) {
+                const u32x4 v = shared_load4(mine + (first + i) * (GROUP * 16));
+                const float other[4] = {float_of(v.x), float_of(v.y), float_of(v.z), float_of(v.w)};
 #pragma unroll
-                for (u32 i = 0; i < at_a_time; ++i)
-                    add_others(all[i], sums[slice * PART + first + i], mine + (first + i) * (GROUP * 16), rank);
-                write_results<at_a_time>(all, slice * PART + first, buffer, t, group, thread, bias, y, p.outputs);
+                for (int c = 0; c < 4; ++c) {
+                    both[i][c] = sums[first + i][c] + other[c];
+                    settle(both[i][c]);
+                }
             }
+            write_results<at_a_time>(both, first, buffer, t, group, thread, bias, y, p.outputs);
         }
         return;
     }

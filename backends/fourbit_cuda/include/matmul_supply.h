@@ -1,9 +1,13 @@
-// The product: the warpgroup that fills both rings. It has the copy engine bring x and the packed weight, and makes the
-// tables, a thread those of its row of the weight.
+// The product: the warpgroup that fills both rings. It has the copy engine bring x and the packed weight; a thread adds
+// what belongs to its row of the weight.
 #pragma once
-#include "matmul_rings.h"
+#if BYTEWISE
+#include "matmul_bytes.h"
+#else
+#include "matmul_tables.h"
+#endif
 
-#define AHEAD (BLOCKSIZE == 32 ? 2 : 1)  // fours of scales on their way
+#define AHEAD (BYTEWISE ? 3 : BLOCKSIZE == 32 ? 2 : 1)  // fours of scales on their way
 
 // Scales of four consecutive blocks of a row, or what they are to be looked up by.
 struct Four {
@@ -59,12 +63,12 @@ struct RowScales {
 
     // The scale of block `i` of a pair of steps, whose first is `block`: one of `four`; behind the row's last, zero.
     __device__ __forceinline__ float get(const Four& four, u32 block, u32 i) const {
-        const u32 at = TABLES == 4 ? i : TABLES == 2 ? block & 2 | i : block & 3;
+        const u32 at = BLOCKS == 4 ? i : BLOCKS == 2 ? block & 2 | i : block & 3;
         block += i;
 #if NESTED
         if (block >= count) return 0.0f;
         const bool later = !aligned && first + block >> 8 != first + block / 4 * 4 >> 8;
-        return source.nested(four.codes >> 8 * at & 255, four.units[later]);
+        return source.nested(four.codes >> 8 * at & 255, later ? four.units[1] : four.units[0]);
 #else
         const float low = at & 1 ? four.scales[1] : four.scales[0], high = at & 1 ? four.scales[3] : four.scales[2];
         return at & 2 ? high : low;
@@ -94,7 +98,7 @@ struct XCopies {
     }
 };
 
-FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, const TensorMap& w_map, const float* code_,
+FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, const TensorMap& w_map, const float* code,
                       const ScaleSource& scales, u32 thread, u32 k) {
     const bool first = thread % 32 == 0, copies_x = thread == 0, copies_weight = thread == 32;
     constexpr u32 in_front = STAGES / 2;  // pairs of steps of x
@@ -112,9 +116,7 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
             copy_weight(i, steps.tile, steps.tile.step + steps.step);
     }
     __syncwarp();
-    float code[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) code[i] = code_[i];
+    const BlockMaker maker(code);
     const u32 blocks = k / BLOCKSIZE;  // of a row
     const bool aligned = blocks % 4 == 0 && ((u64)scales.absmax & (NESTED ? 3 : 15)) == 0;
     Place<WEIGHT_STAGES> place;
@@ -126,11 +128,12 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
         const RowScales mine(scales, t.weight_row + row, blocks, row < p.n, aligned);
         u32 step = t.step, index = step * STEP / BLOCKSIZE / 4;
         const u32 end = step + t.steps;
-        Four four = mine.ask(index), later = four;
-        if (AHEAD > 1) later = mine.ask(index + 1);
+        Four fours[AHEAD + 1];  // the one at hand, and the next ones
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; ++i) fours[i] = mine.ask(index + i);
 #pragma unroll 1
         while (step < end) {
-            const Four last = mine.ask(index + AHEAD);
+            fours[AHEAD] = mine.ask(index + AHEAD);
             const u32 last_step = (index + 1) * 4 * BLOCKSIZE / STEP, until = last_step < end ? last_step : end;
 #pragma unroll 1
             for (; step < until; step += 2) {
@@ -138,13 +141,10 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
                 again |= place.parity;
                 if (copies_weight && again) copy_weight(place.at, t, step);
                 __syncwarp();
-                const u32 to = r.weight + place.at * WEIGHT_BYTES + PACKED_BYTES + thread * 16;
+                const u32 to = r.weight + place.at * WEIGHT_BYTES + PACKED_BYTES;
 #pragma unroll
-                for (u32 i = 0; i < TABLES; ++i) {
-                    Values values;
-                    values.build(code, mine.get(four, step * STEP / BLOCKSIZE, i));
-                    store_values(to + i * TABLE_BYTES, values);
-                }
+                for (u32 i = 0; i < BLOCKS; ++i)
+                    maker.put(to + i * BLOCK_BYTES, thread, mine.get(fours[0], step * STEP / BLOCKSIZE, i));
                 __syncwarp();
                 barrier_arrive(r.weight_full + 8 * place.at, first);
                 // what was in the place before has been multiplied, or soon will: its x goes, too
@@ -152,7 +152,8 @@ FB_DEVICE void supply(const Problem& p, const Rings& r, const TensorMap& x_map, 
                 __syncwarp();
                 place.next();
             }
-            four = AHEAD > 1 ? later : last, later = last;
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; ++i) fours[i] = fours[i + 1];
             ++index;
         }
     }

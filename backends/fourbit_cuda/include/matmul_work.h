@@ -179,7 +179,7 @@ FB_DEVICE void clear_rest(u16* y, const Problem& p, u32 thread, u32 threads) {
 template <class R>
 FB_DEVICE void begin(const R& rings, const TensorMap& x_map, const TensorMap& w_map, u32 shared, u32 thread,
                      const float* nested_code, const void* last, i64 rows, i64 experts, i64 wide) {
-    if (shared & 1023) trap();
+    if ((shared & 0xffffff) != SHARED_BASE) trap();
     if (thread == 0) rings.init();
     if (thread == GROUP) prefetch_map(x_map), prefetch_map(w_map);
     after_previous();

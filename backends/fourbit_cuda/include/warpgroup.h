@@ -50,6 +50,9 @@ FB_DEVICE void registers_increase() {
 // A barrier of one warpgroup.
 FB_DEVICE void group_barrier(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
+// A barrier of the two that multiply.
+FB_DEVICE void products_barrier() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+
 // ---- products -----------------------------------------------------------------------------------------------
 //
 // Operands in shared memory are rows of 128 bytes, of which the hardware expects 16-byte pieces exchanged: piece ^ row % 8.
@@ -73,9 +76,11 @@ FB_DEVICE u64 operand_rows(u32 at) { return 1ull << 62 | 64ull << 32 | 64ull << 
 #define NAMES_64                                                                                                  \
     NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
              "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_96                                                                                                  \
+    NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+             "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define NAMES_128                                                                                                     \
-    NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
-             "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "     \
+    NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, "                                                               \
              "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, " \
              "%120, %121, %122, %123, %124, %125, %126, %127"
 // The sums of a tile of so many columns, their names, and those of what an instruction has after them.
@@ -91,12 +96,16 @@ FB_DEVICE u64 operand_rows(u32 at) { return 1ull << 62 | 64ull << 32 | 64ull << 
 #define SUMS SUMS32(0), SUMS32(8)
 #define NAMES NAMES_64
 #define WITH(form) form("%64", "%65", "%66", "%67", "%68", "%69")
+#elif COLUMNS == 192
+#define SUMS SUMS32(0), SUMS32(8), SUMS32(16)
+#define NAMES NAMES_96
+#define WITH(form) form("%96", "%97", "%98", "%99", "%100", "%101")
 #elif COLUMNS == 256
 #define SUMS SUMS32(0), SUMS32(8), SUMS32(16), SUMS32(24)
 #define NAMES NAMES_128
 #define WITH(form) form("%128", "%129", "%130", "%131", "%132", "%133")
 #else
-#error "COLUMNS must be 32, 64, 128 or 256"
+#error "COLUMNS must be 32, 64, 128, 192 or 256"
 #endif
 #define FROM_REGISTERS(a0, a1, a2, a3, x, more) \
     "{ .reg .pred p; setp.ne.u32 p, " more ", 0;\n" PRODUCT "{" NAMES "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " x ", p, 1, 1, 0; }"
@@ -139,11 +148,23 @@ FB_DEVICE void shared_store4(u32 p, u32x4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// Of what lies at `p` + offset.
+template <int offset>
+FB_DEVICE u32x2 shared_load2_at(u32 p) {
+    u32x2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "r"(p), "n"(offset));
+    return v;
+}
 FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     u32 v;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
     return v;
 }
+// As cluster_barrier, where nothing was written for other blocks: it waits for no memory.
+FB_DEVICE void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Where `p` of this block is in the cluster's block `rank`, and a store there.
 FB_DEVICE u32 cluster_address(u32 p, u32 rank) {
     u32 there;

@@ -7,7 +7,7 @@
 // barriers count the copy and the decoding group's four warps, "empty" ones the eight warps that multiply. The packed
 // weight has a ring and barriers of its own.
 //
-// Defines: DTYPE, BLOCKSIZE, NESTED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128 or 256), DECODERS, SPLIT (blocks
+// Defines: DTYPE, BLOCKSIZE, NESTED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128, 192 or 256), DECODERS, SPLIT (blocks
 // of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way out at a
 // time), DECODER_REGISTERS, PRODUCT_REGISTERS, and those of `Memory` in matmul.py: *_AT.
 #define EVEN_STEPS 0
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
         decode_tiles(p, ring, w_map, code, scales, role - 2, thread % GROUP, (u32)k);
         if (p.shares()) {
             __syncwarp();
-            cluster_barrier(), cluster_barrier();
+            cluster_meet(), cluster_meet();
         }
     } else {
         registers_increase<PRODUCT_REGISTERS>();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from fourbit.nn.storage import STORAGE, PackedStorage
 from fourbit.weight import Weight
 
 _plain = torch._C.DisableTorchFunctionSubclass
-_NESTED = STORAGE[3:]
+_A, _B, _C = STORAGE[3:]
 
 Prepared = tuple[Weight, torch.Size, tuple[Tensor, ...], tuple[int, ...]]
 """A Weight, and what it was made of: shape, parts but the codes, with which it is kept, and addresses of all."""
@@ -40,9 +39,12 @@ def prepared(layer: PackedStorage) -> Weight | None:
             if weight[4] is None:
                 if (codes.data_ptr(), scales.data_ptr(), table.data_ptr()) == addresses:
                     return weight
-            elif all(map(operator.is_, map(buffers.get, _NESTED), parts[2:])):
-                if (codes.data_ptr(), *map(Tensor.data_ptr, parts)) == addresses:
-                    return weight
+            else:
+                _, _, a, b, c = parts
+                if buffers.get(_A) is a and buffers.get(_B) is b and buffers.get(_C) is c:
+                    at = codes.data_ptr(), scales.data_ptr(), table.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr()
+                    if at == addresses:
+                        return weight
     return _prepare(layer, codes)
 
 

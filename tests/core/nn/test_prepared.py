@@ -122,6 +122,16 @@ def test_a_change_of_the_weight_is_seen(nested, change):
     assert torch.equal(module(X), before) == change.startswith("memory")
 
 
+@pytest.mark.parametrize("name", ["nested_scales", "nested_codebook", "nested_offset"])
+def test_one_other_buffer_is_seen(name):
+    module, other = layer(nested=True), layer(nested=True, seed=1)
+    before = module(X)
+    module._buffers[name] = getattr(other, name)
+    assert_right(module)
+    if name != "nested_codebook":  # which all layers have alike
+        assert not torch.equal(module(X), before)
+
+
 @nested
 def test_moves_and_copies(nested):
     module = layer(nested)

@@ -25,6 +25,7 @@ void run_cluster(u32 first, u32 blocks, u32 shared_bytes, const std::function<vo
         b->memory.assign(1024 + shared_bytes, 0xcd);
         b->all.members = THREADS;
         for (auto& group : b->groups) group.members = 128;
+        b->groups[3].members = 256;  // of products_barrier
         for (u32 w = 0; w < THREADS / 32; ++w) {
             b->warps.push_back(std::make_unique<Warp>());
             b->warps.back()->all.members = 32;

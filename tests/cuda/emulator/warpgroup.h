@@ -37,6 +37,9 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
+struct u32x2 {
+    u32 x, y;
+};
 struct u32x4 {
     u32 x, y, z, w;
 };
@@ -114,7 +117,9 @@ FB_DEVICE bool same_in_wave(bool v) { return v; }
 FB_DEVICE void __syncwarp() { warp->all.meet(); }
 FB_DEVICE void block_barrier() { block->all.meet(); }
 FB_DEVICE void group_barrier(u32 id) { block->groups[id].meet(); }
+FB_DEVICE void products_barrier() { block->groups[3].meet(); }
 FB_DEVICE void cluster_barrier() { cluster->all.meet(); }
+FB_DEVICE void cluster_meet() { cluster->all.meet(); }
 FB_DEVICE void after_previous() {}
 FB_DEVICE void let_next_start() {}
 FB_DEVICE void async_fence() {}
@@ -183,6 +188,16 @@ FB_DEVICE u32 shared_load(u32 p) {
     u32 v;
     memcpy(&v, bytes_at(p, 4), 4);
     return v;
+}
+FB_DEVICE u32x2 shared_load2(u32 p) {
+    u32x2 v;
+    memcpy(&v, bytes_at(p, 8), 8);
+    return v;
+}
+#define SHARED_BASE 1024
+template <int offset>
+FB_DEVICE u32x2 shared_load2_at(u32 p) {
+    return shared_load2(p + offset);
 }
 FB_DEVICE u32x4 shared_load4(u32 p) {
     u32x4 v;

@@ -65,7 +65,7 @@ def test_every_kind_of_block(launcher, device, kind, dtype):
             plan = matmul.make_plan(launcher.props, shape, kind)
             ready = matmul.Ready(launcher.kernel(plan.spec, plan.shared_bytes), plan, shape)
             scales = (state.absmax.data_ptr(), state.code.data_ptr(), *(nested_at or (0, 0, 0)))
-            ready(x.data_ptr(), packed.data_ptr(), scales, 0, y.data_ptr())
+            ready(x.data_ptr(), packed.data_ptr(), *scales, 0, y.data_ptr())
             check(y, x, dense if kind.transposed else dense.T)
 
 
