@@ -57,6 +57,7 @@ def test_tokens_are_those_of_transformers(served, name):
     assert len(answer["layers"]) == 2
 
 
+@pytest.mark.long
 def test_a_pipeline_of_two(tmp_path, needs_vllm):
     """Each rank has its layers. The model runner of vLLM 0.32 for CPUs passes nothing on between them."""
     if torch.cuda.device_count() < 2:
