@@ -22,9 +22,8 @@ OUTPUTS = 128
 STEP = 64
 """Elements of the inner dimension at a time."""
 
-
 BYTE_TO = 256
-"""Bytes of what a byte stands for, in the table of them."""
+"""Bytes of the copies of what a byte stands for."""
 
 
 @dataclass(frozen=True)
