@@ -166,7 +166,11 @@ def small(shape: Shape) -> matmul.Block:
     return matmul.block(64, 1, shape.transposed)
 
 
-SHORT = (matmul.block(32, 1), matmul.block(64, 2), matmul.block(32, 2, True), matmul.block(64, 1, True))
+BY_TABLES = matmul.block(128, 1)
+assert not BY_TABLES.bytewise and matmul.block(64, 1).bytewise
+"""The smallest product whose operand comes by tables; `small` is one by bytes."""
+
+SHORT = (matmul.block(32, 1), matmul.block(64, 2), BY_TABLES, matmul.block(32, 2, True), matmul.block(64, 1, True))
 """What runs without --long: threads by the hundred take their time on few cores."""
 kinds = pytest.mark.parametrize(
     "kind",
@@ -195,8 +199,9 @@ def test_weights_are_those_of_dequantize(build, blocksize, nested, dtype, transp
     k = 1024 if fours else 1024 - max(blocksize, 64)
     shape = replace(SHAPE, k=k, n=136, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)
     quant_type = "fp4" if blocksize == 128 else "nf4"
-    y, expected = product(build, shape, small(shape), sms=3, quant_type=quant_type, chooses=True)
-    assert torch.equal(y.double(), expected)
+    for kind in (small(shape),) if transposed else (small(shape), BY_TABLES):
+        y, expected = product(build, shape, kind, sms=3, quant_type=quant_type, chooses=True)
+        assert torch.equal(y.double(), expected)
 
 
 @pytest.mark.parametrize("n", (1, 129, 200), ids=str)
@@ -208,8 +213,10 @@ def test_bias_and_odd_sizes(build, m, n):
 @pytest.mark.parametrize("k", (64, 128, 192, 448), ids=str)
 def test_few_steps(build, k):
     """Fewer than there are groups of decoders, several tiles a block."""
-    for shape in (replace(SHAPE, k=k, n=384), replace(SHAPE, n=k, k=384, transposed=True)):
-        check(*product(build, shape, small(shape), sms=2))
+    shape, gradient = replace(SHAPE, k=k, n=384), replace(SHAPE, n=k, k=384, transposed=True)
+    check(*product(build, shape, small(shape), sms=2))
+    check(*product(build, shape, BY_TABLES, sms=2))
+    check(*product(build, gradient, small(gradient), sms=2))
 
 
 @directions

@@ -4,22 +4,24 @@
 #pragma once
 #include "matmul_rings.h"
 
-#define COPIES 32          // of the table's pairs, side by side, so that lanes never meet in a bank
-#define BYTE_TO 256        // bytes of those
+#define COPIES 32           // of the table's pairs, side by side, so that lanes never meet in a bank: 256 bytes
 #define PARTS (CHUNKS / 2)  // of a group: 32 of the inner dimension
 
 // What a thread makes of the scale of a block in its row of the weight.
 struct BlockMaker {
     __device__ __forceinline__ explicit BlockMaker(const float*) {}
-    __device__ __forceinline__ void put(u32 to, u32 thread, float scale) const { shared_store(to + thread * 4, bits_of(scale)); }
+    __device__ __forceinline__ void put(u32 to, u32 thread, float scale) const {
+        shared_store(to + thread * 4, bits_of(scale));
+    }
 };
 
 // What a lane decodes, for the rows g = lane / 4 and g + 8 of its warp's 16: in each word, which has eight elements, byte
 // lane % 4. Two words are 16 elements of the inner dimension, those of a product.
 struct Operand {
     static constexpr int AHEAD_OF_PRODUCTS = 2;  // groups that are loaded before they are decoded
-    u32 words_at, scale_at, byte, place;  // in a weight stage; what makes a word's byte and the lane's place an address
-    u32x4 words[2][PARTS][2];             // of two groups, of both rows
+    u32 words_at, scale_at;    // in a weight stage
+    u32 byte, place;           // the lane's: what makes an address of a word's byte, and its copy of the table
+    u32x4 words[2][PARTS][2];  // of two groups, of both rows
     float scales[2][PARTS][2];
     u32x2 pairs[PARTS][2][4];  // of one group: what has been looked up
 
@@ -41,7 +43,8 @@ struct Operand {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int part = j * PARTS + i;
-            const u32 from = stage + (words_at ^ part << 4), scale = stage + scale_at + part * 32 / BLOCKSIZE * BLOCK_BYTES;
+            const u32 from = stage + (words_at ^ part << 4);
+            const u32 scale = stage + scale_at + part * 32 / BLOCKSIZE * BLOCK_BYTES;
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
                 words[j % 2][i][row] = shared_load4(from + row * 8 * 64);
@@ -58,7 +61,7 @@ struct Operand {
                 const u32x4& w = words[j % 2][i][row];
                 const u32 each[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-                for (int c = 0; c < 4; ++c)  // address: the place, and the byte times BYTE_TO
+                for (int c = 0; c < 4; ++c)  // at the lane's place, and 256 times the byte
                     pairs[i][row][c] = shared_load2_at<SHARED_BASE + TABLE_AT>(permute(each[c], place, byte));
             }
     }

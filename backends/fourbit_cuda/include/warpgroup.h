@@ -155,11 +155,13 @@ FB_DEVICE u32x2 shared_load2_at(u32 p) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "r"(p), "n"(offset));
     return v;
 }
+
 FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     u32 v;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));
     return v;
 }
+
 // As cluster_barrier, where nothing was written for other blocks: it waits for no memory.
 FB_DEVICE void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -7,8 +7,8 @@
 // barriers count the copy and the decoding group's four warps, "empty" ones the eight warps that multiply. The packed
 // weight has a ring and barriers of its own.
 //
-// Defines: DTYPE, BLOCKSIZE, NESTED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128, 192 or 256), DECODERS, SPLIT (blocks
-// of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way out at a
+// Defines: DTYPE, BLOCKSIZE, NESTED, GROUPED, COLUMNS (rows of x in a tile: 32, 64, 128, 192 or 256), DECODERS, SPLIT (1, or
+// 2 blocks of a cluster, which share the last tiles), STAGES, WEIGHT_STAGES, RESULT_COLUMNS (of results on their way out at a
 // time), DECODER_REGISTERS, PRODUCT_REGISTERS, and those of `Memory` in matmul.py: *_AT.
 #define EVEN_STEPS 0
 #include "matmul_decode.h"
