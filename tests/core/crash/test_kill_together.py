@@ -16,7 +16,7 @@ TREE = Path(__file__).parents[3]
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     "arguments",
-    (("--points", "15"), ("--points", "6", "--pipeline")),
+    (("--points", "10"), ("--points", "5", "--pipeline")),
     ids=("model", "pipeline"),
 )
 def test_kills(arguments):
