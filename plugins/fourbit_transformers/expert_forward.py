@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from fourbit.nn import ExpertWeights4bit
+from fourbit.nn.routing import by_expert
 
 
 class _Name(str):
@@ -81,7 +82,7 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     parallelism) adds nothing, nor does an expert of another process where `from_pretrained(tp_plan=…)` has divided
     them: then the processes' sums are summed up. Of what is computed nothing depends on values on the host.
     """
-    tokens, k = top_k_index.shape
+    k = top_k_index.shape[1]
     split, own = _divided(self)
     if split is not None:
         from fourbit.nn.parallel import entered, summed
@@ -89,9 +90,8 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
         hidden_states, top_k_weights = (entered(each, split) for each in (hidden_states, top_k_weights))
         top_k_index = top_k_index - own.start
         top_k_index = torch.where((top_k_index < 0) | (top_k_index >= len(own)), len(own), top_k_index)
-    experts, order = torch.sort(top_k_index.reshape(-1))
-    numbers = torch.arange(len(own), device=experts.device, dtype=experts.dtype)
-    offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+    routed = by_expert(top_k_index, len(own))
+    experts, order, offsets = routed
     x = hidden_states[order // k]
     elsewhere = None
     if split is not None or getattr(self, "_is_expert_parallel", True):  # older versions do not say
@@ -118,10 +118,7 @@ def fourbit_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tenso
     weights = top_k_weights.reshape(-1)[order].unsqueeze(-1)
     if elsewhere is not None:
         weights = weights.masked_fill(elsewhere, 0)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
-    # gathered and summed, not added by index: that has no fixed order on GPUs
-    total: Tensor = (y * weights)[back].view(tokens, k, -1).sum(1)
-    total = total.to(hidden_states.dtype)
+    total = routed.summed(y * weights, k).to(hidden_states.dtype)
     return total if split is None else summed(total, split)
 
 

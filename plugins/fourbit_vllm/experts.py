@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+from fourbit.nn.routing import by_expert
 from fourbit_vllm.packed import Piece, join
 from fourbit_vllm.parameter import Loading, Rules
 
@@ -106,15 +107,13 @@ class FourbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
         An expert of another rank, under expert parallelism, adds nothing. Nothing depends on values on the host.
         """
-        tokens, k = topk_ids.shape
-        count = layer.local_num_experts
-        ids = topk_ids.reshape(-1).long()
+        k, count = topk_ids.shape[1], layer.local_num_experts
+        ids = topk_ids.long()
         if layer.expert_map is not None:
             ids = layer.expert_map[ids].long()
             ids = torch.where(ids < 0, count, ids)
-        experts, order = torch.sort(ids, stable=True)
-        numbers = torch.arange(count, device=experts.device, dtype=experts.dtype)
-        offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        routed = by_expert(ids, count)
+        _, order, offsets = routed
         rows = x[order // k]
         weights = topk_weights.reshape(-1)[order].unsqueeze(-1)
         if layer.apply_router_weight_on_input:
@@ -131,9 +130,7 @@ class FourbitExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         y = self._product(layer, "w2", gated, offsets, layer.hidden_size)
         # rows of other ranks' experts are zeros: their products are
         y = y if layer.apply_router_weight_on_input else y * weights
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
-        # gathered and summed, not added by index: that has no fixed order on GPUs
-        return y[back].view(tokens, k, -1).sum(1).to(x.dtype)
+        return routed.summed(y, k).to(x.dtype)
 
     def _product(self, layer: RoutedExperts, name: str, x: Tensor, offsets: Tensor, out: int) -> Tensor:
         weight = tuple(getattr(layer, f"{name}_{what}") for what in ("qweight", "absmax", "code"))
