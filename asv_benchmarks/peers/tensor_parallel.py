@@ -220,6 +220,7 @@ def main() -> None:
         if device.type == "cuda":
             replays = {name: graphed(step) for name, step in steps.items()}
             show(f"decode, batch {batch}, CUDA graph", batch, {n: r for n, (r, _) in replays.items()}, options.rounds)
+            del replays  # NCCL waits for graphs that hold its kernels when the group ends
     x = torch.randn(1, options.prompt, options.hidden, dtype=torch.bfloat16, device=device)
     prefill = {name: partial(model, x) for name, model in models.items()}
     show(f"prefill of {options.prompt}", options.prompt, prefill, max(options.rounds // 5, 3))

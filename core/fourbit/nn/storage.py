@@ -237,6 +237,10 @@ class PackedStorage(nn.Module):
                 return  # what `module.weight += x` assigns after it has been written
             self.store(value)
             return
+        if "_is_replica" in self.__dict__ and isinstance(value, Tensor) and name not in self._buffers:
+            # nn.DataParallel's: its copies of parameters are attributes, which is not where anything looks for them
+            self._parameters[name] = frozen(value, parameter=False) if name in STORAGE else value  # type: ignore[assignment]
+            return
         if name in STORAGE and type(value) in (Tensor, nn.Parameter):  # also what load_state_dict(assign=True) assigns
             value = frozen(value, parameter=isinstance(value, nn.Parameter))
         if name in STORAGE and isinstance(value, nn.Parameter) and name in self._parameters:
