@@ -95,7 +95,7 @@ class Memory(NamedTuple):
         weight_at: the packed weight's ring.
         table_at: of bytes.
         results_at: results on their way out.
-        barriers_at: of both rings.
+        barriers_at: of both rings, and of the sums that a cluster's blocks send each other.
         codes_at: the table of nested_code.
         experts_at: of experts' rows.
         total: of all.
@@ -121,7 +121,7 @@ class Memory(NamedTuple):
         table = weight + b.weight_stages * pair
         results = table + (256 * BYTE_TO if b.bytewise else 0)
         barriers = results + 2 * b.result_columns * 128
-        codes = barriers + 16 * (b.stages + b.weight_stages)
+        codes = barriers + 16 * (b.stages + b.weight_stages) + (b.columns // 4 if b.split > 1 else 0)
         experts = codes + (1024 if shape.nested else 0)
         total = experts + (4 * (3 * shape.experts + 2) if shape.experts else 0)
         return cls(weight, table, results, barriers, codes, experts, total)

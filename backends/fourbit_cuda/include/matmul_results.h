@@ -57,12 +57,13 @@ FB_DEVICE void write_results(const float (&sums)[COUNT][4], const int first, u32
 }
 
 // Of a warpgroup's 64 outputs of a tile; what the cluster shares is added up at `exchange`, where nothing lies any more as
-// soon as all of it are here.
-FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const Tile& t, bool shared, u32 exchange, u32 buffer,
-                           u32 group, u32 thread, const u16* bias, u16* y) {
+// soon as all of it are here. That happens once in a launch.
+FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const Tile& t, bool shares, u32 shared, u32 exchange,
+                           u32 buffer, u32 group, u32 thread, const u16* bias, u16* y) {
 #if SPLIT > 1
-    if (shared) {  // each of the two blocks finishes a warpgroup's outputs: it gets the other's sums of these
+    if (shares) {  // each of the two blocks finishes a warpgroup's outputs: it gets the other's sums of these
         const u32 rank = p.block % SPLIT, owner = group % SPLIT, mine = exchange + thread * 16;
+        constexpr u32 at_a_time = NT / EXCHANGES;
         __syncwarp();
         cluster_meet();
         if (owner != rank) {
@@ -70,15 +71,14 @@ FB_DEVICE void finish_tile(const float (&sums)[NT][4], const Problem& p, const T
 #pragma unroll
             for (u32 i = 0; i < NT; ++i) {
                 const float(&d)[4] = sums[i];
-                cluster_store4(to + i * (GROUP * 16), u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])});
+                cluster_send4(to + i * (GROUP * 16), u32x4{bits_of(d[0]), bits_of(d[1]), bits_of(d[2]), bits_of(d[3])},
+                              cluster_address(exchange_barrier(shared, i / at_a_time), owner));
             }
+            return;
         }
-        __syncwarp();
-        cluster_barrier();
-        if (owner != rank) return;
-        constexpr u32 at_a_time = NT < 4 ? NT : 4;
 #pragma unroll
         for (u32 first = 0; first < NT; first += at_a_time) {
+            barrier_wait(exchange_barrier(shared, first / at_a_time), 0);
             float both[at_a_time][4];  // in sums themselves, the compiler would let products wait for one another
 #pragma unroll
             for (u32 i = 0; i < at_a_time; ++i) {

@@ -175,12 +175,21 @@ FB_DEVICE void clear_rest(u16* y, const Problem& p, u32 thread, u32 threads) {
 #define CLUSTER
 #endif
 
+// Of a tile that a cluster shares, 32 rows of x at a time are added up, and have a barrier each: the sums' bytes count on it.
+#define EXCHANGES (SPLIT > 1 ? COLUMNS / 32 : 0)
+#define EXCHANGE_BYTES (4 * GROUP * 16)
+FB_DEVICE u32 exchange_barrier(u32 shared, u32 i) { return shared + BARRIERS_AT + 16 * (STAGES + WEIGHT_STAGES) + 8 * i; }
+
 // What a block does first, all of its threads; until it returns nothing is read that the launch before may write.
 template <class R>
 FB_DEVICE void begin(const R& rings, const TensorMap& x_map, const TensorMap& w_map, u32 shared, u32 thread,
                      const float* nested_code, const void* last, i64 rows, i64 experts, i64 wide) {
     if ((shared & 0xffffff) != SHARED_BASE) trap();
-    if (thread == 0) rings.init();
+    if (thread == 0) {
+        for (int i = 0; i < EXCHANGES; ++i) barrier_init(exchange_barrier(shared, i), 1);
+        rings.init();
+        for (int i = 0; i < EXCHANGES; ++i) barrier_expect(exchange_barrier(shared, i), EXCHANGE_BYTES);
+    }
     if (thread == GROUP) prefetch_map(x_map), prefetch_map(w_map);
     after_previous();
     let_next_start();

@@ -122,6 +122,12 @@ FB_DEVICE void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+// The same where nothing that was written has to be seen: without the wait for it.
+FB_DEVICE void cluster_meet() {
+#if FB_ARCH >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
 // A float at `p` in the window of the cluster's block `rank`.
 FB_DEVICE float cluster_load(u32 p, u32 rank) {
     float v = 0.0f;

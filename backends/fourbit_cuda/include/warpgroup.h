@@ -162,18 +162,14 @@ FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     return v;
 }
 
-// As cluster_barrier, where nothing was written for other blocks: it waits for no memory.
-FB_DEVICE void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Where `p` of this block is in the cluster's block `rank`, and a store there.
+// Where `p` of this block is in the cluster's block `rank`, and a store there whose bytes count on a barrier of that block.
 FB_DEVICE u32 cluster_address(u32 p, u32 rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(p), "r"(rank));
     return there;
 }
-FB_DEVICE void cluster_store4(u32 p, u32x4 v) {
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+FB_DEVICE void cluster_send4(u32 p, u32x4 v, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(p),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
                  : "memory");
 }

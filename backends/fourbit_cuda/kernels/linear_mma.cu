@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
             if (busy) store_sums(share, sums, sums_at, columns);
             sums_barrier();
             write_results(share, p, sums_at, columns, GROUPED ? 0 : (const u16*)bias, y, m0);
-            if (SPLIT > 1) cluster_barrier();  // a block's memory stays until the others have read it
+            if (SPLIT > 1) cluster_meet();  // a block's memory stays until the others have read it
             else if (!RESIDENT) block_barrier();
             if (!RESIDENT && p + 1 < passes) {
                 next_slot = slot;

@@ -84,7 +84,7 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Rings& r, u32 shared, u32 
         for (int i = 0; i < NT; ++i)
 #pragma unroll
             for (int c = 0; c < 4; ++c) settle(sums[i][c]);
-        finish_tile(sums, p, t, work.shared, shared, buffer, group, thread, bias, y);
+        finish_tile(sums, p, t, work.shared, shared, shared, buffer, group, thread, bias, y);
     }
 }
 
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
         registers_decrease<SUPPLY_REGISTERS>();
         const ScaleSource scales = {absmax, nested_absmax, shared + CODES_AT, NESTED ? *nested_offset : 0.0f};
         supply(p, rings, x_map, w_map, code, scales, thread % GROUP, (u32)k);
-        if (p.shares()) cluster_meet(), cluster_meet();
+        if (p.shares()) cluster_meet();
     } else {
         registers_increase<PRODUCT_REGISTERS>();
         multiply_tiles(p, rings, shared, role, thread % GROUP, code, GROUPED ? 0 : (const u16*)last, y);

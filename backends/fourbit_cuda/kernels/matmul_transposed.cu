@@ -145,7 +145,7 @@ FB_DEVICE void multiply_tiles(const Problem& p, const Ring& r, const TensorMap& 
         for (int i = 0; i < NT; ++i)
 #pragma unroll
             for (int c = 0; c < 4; ++c) settle(sums[i][c]);
-        finish_tile(sums, p, t, work.shared, r.ring, buffer, group, thread, nullptr, y);
+        finish_tile(sums, p, t, work.shared, shared, r.ring, buffer, group, thread, nullptr, y);
     }
 }
 
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTER
         decode_tiles(p, ring, w_map, code, scales, role - 2, thread % GROUP, (u32)k);
         if (p.shares()) {
             __syncwarp();
-            cluster_meet(), cluster_meet();
+            cluster_meet();
         }
     } else {
         registers_increase<PRODUCT_REGISTERS>();

@@ -142,10 +142,10 @@ FB_DEVICE u32 __shfl_sync(u32, u32 v, u32 from) { return exchange(v, (int)from);
 
 // ---- mbarriers: those of the own block ----------------------------------------------------------------------------
 
-FB_DEVICE void end_phase_if_complete(Mbarrier& b) {
+FB_DEVICE void end_phase_if_complete(Mbarrier& b, Block& owner = *block) {
     if (b.arrivals == b.expected && b.bytes == 0) {
         b.arrivals = 0, b.phase ^= 1;
-        block->changed.notify_all();
+        owner.changed.notify_all();
     }
 }
 FB_DEVICE Mbarrier& barrier_at(u32 p) {
@@ -207,7 +207,16 @@ FB_DEVICE u32x4 shared_load4(u32 p) {
 FB_DEVICE void shared_store(u32 p, u32 v) { memcpy(bytes_at(p, 4), &v, 4); }
 FB_DEVICE void shared_store4(u32 p, u32x4 v) { memcpy(bytes_at(p, 16), &v, 16); }
 FB_DEVICE u32 cluster_address(u32 p, u32 rank) { return rank << WINDOW | (p & ((1u << WINDOW) - 1)); }
-FB_DEVICE void cluster_store4(u32 p, u32x4 v) { shared_store4(p, v); }
+FB_DEVICE void cluster_send4(u32 p, u32x4 v, u32 barrier) {
+    if (barrier >> WINDOW != p >> WINDOW) fail("mbarrier of another block than the bytes'", barrier);
+    Block& owner = *cluster->blocks.at(p >> WINDOW);
+    std::lock_guard lock(owner.mutex);
+    shared_store4(p, v);
+    auto found = owner.barriers.find(barrier);
+    if (found == owner.barriers.end()) fail("no mbarrier was made at", barrier);
+    found->second.bytes -= 16;
+    end_phase_if_complete(found->second, owner);
+}
 
 // What fourbit_cuda.tensor_map describes, as plain numbers.
 struct TensorMap {
