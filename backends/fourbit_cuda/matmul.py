@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
+
 from fourbit_cuda.tensor_map import tensor_map
 from fourbit_cuda.tile import Shape
 from fourbit_gpu.device import DeviceProps
+from fourbit_gpu.elementwise import DTYPE_CODES
 from fourbit_gpu.launcher import Grid
 from fourbit_gpu.spec import KernelSpec
 
@@ -21,6 +24,8 @@ OUTPUTS = 128
 
 STEP = 64
 """Elements of the inner dimension at a time."""
+
+BF16 = DTYPE_CODES[torch.bfloat16]
 
 BYTE_TO = 256
 """Bytes of the copies of what a byte stands for."""
@@ -70,22 +75,38 @@ class Block:
         return {1: (88, 208), 2: (112, 144)}[self.decoders]
 
 
-def block(columns: int, split: int, transposed: bool = False) -> Block:
-    """The one for tiles of so many rows of x, with as deep rings as shared memory holds."""
+def block(columns: int, split: int, transposed: bool = False, bytewise: bool | None = None) -> Block:
+    """The one for tiles of so many rows of x, with as deep rings as shared memory holds.
+
+    `bytewise`: of a product; None for what is faster where both codes of a byte are bfloat16.
+    """
     if transposed:
         stages, weight_stages = {256: (3, 4), 192: (4, 4), 128: (5, 4), 64: (6, 6), 32: (6, 6)}[columns]
         results = 64 if columns == 192 else min(columns, 128)
         # 128 sums a thread leave no registers for two warpgroups of decoders
         return Block(columns, split, stages, weight_stages, results, decoders=1 if columns == 256 else 2)
     stages, weight_stages = {256: (4, 3), 192: (5, 3), 128: (6, 4), 64: (8, 6), 32: (8, 6)}[columns]
-    chunks = 4 if columns in (32, 64, 192) else 2
-    return Block(columns, split, stages, weight_stages, min(columns, 64), bytewise=columns <= 64, chunks=chunks)
+    if bytewise is None:
+        bytewise = columns <= 192
+    if bytewise and columns == 192:
+        stages = 4  # beside the table
+    chunks = 4 if bytewise or columns == 192 else 2
+    return Block(columns, split, stages, weight_stages, min(columns, 64), bytewise=bytewise, chunks=chunks)
 
 
-BLOCKS = tuple(
-    block(c, split, transposed) for transposed in (False, True) for c in (256, 192, 128, 64, 32) for split in (1, 2)
+BLOCKS = (
+    *(block(columns, split) for columns in (256, 192, 128, 64, 32) for split in (1, 2)),
+    *(block(columns, split, bytewise=False) for columns in (192, 128) for split in (1, 2)),
+    *(block(columns, split, transposed=True) for columns in (256, 192, 128, 64, 32) for split in (1, 2)),
 )
 """What plans choose from."""
+
+
+def suits(shape: Shape, b: Block) -> bool:
+    """Whether a kind of block is the one of its size for a shape's direction and dtype."""
+    if b.transposed or shape.transposed:
+        return b.transposed == shape.transposed
+    return b.columns not in (128, 192) or b.bytewise == (shape.dtype == BF16)
 
 
 class Memory(NamedTuple):
@@ -181,7 +202,8 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     turns, rest = divmod(tiles, blocks)
     shared = b.split > 1 and 0 < rest * b.split <= blocks
     busy = turns * steps + (-(-steps // b.split) if shared else steps) * (rest > 0)
-    step = _STEP_MICROSECONDS[b.transposed][b.columns] * (_IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0)
+    pairs = b.bytewise and shape.dtype == BF16
+    step = (_PAIRS_MICROSECONDS if pairs else _STEP_MICROSECONDS[b.transposed])[b.columns] * (_IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0)
     exchange = _EXCHANGE_MICROSECONDS * b.columns if shared else 0.0
     return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
 
@@ -194,6 +216,8 @@ _STEP_MICROSECONDS = {
 }
 """Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100; for few columns
 decoding takes most of it."""
+_PAIRS_MICROSECONDS = {192: 0.547, 128: 0.436, 64: 0.267, 32: 0.26}
+"""The same where a byte's codes are looked up as two bfloat16."""
 _IN_CLUSTERS = {False: 1.0, True: 1.14}
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""
@@ -203,7 +227,7 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Block]:
     """Kinds of blocks that fit the shape and the device."""
     if fits(props, shape):
         inner = shape.n if shape.transposed else shape.k
-        for b in (b for b in BLOCKS if b.transposed == shape.transposed):
+        for b in (b for b in BLOCKS if suits(shape, b)):
             if Memory.of(shape, b).total <= props.shared_per_block and b.split <= -(-inner // (2 * STEP)):
                 yield b
 

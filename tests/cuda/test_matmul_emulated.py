@@ -19,6 +19,7 @@ from fourbit_cuda.tile import Shape
 from fourbit_gpu.device import DeviceProps
 from fourbit_gpu.elementwise import DTYPE_CODES
 from fourbit_gpu.spec import KernelSpec
+from tests.pair_weights import pair_weights
 from tests.support import skip_or_fail
 
 EMULATOR = Path(__file__).parent / "emulator"
@@ -121,7 +122,9 @@ def product(
     packed, state = fourbit.quantize_4bit(
         w, blocksize=shape.blocksize, double_quant=shape.nested, quant_type=quant_type
     )
-    dense = fourbit.dequantize_4bit(packed, state, dtype).double().view(-1, shape.n, shape.k)
+    pairs = kind.bytewise and shape.dtype == matmul.BF16
+    dense = pair_weights(packed, state) if pairs else fourbit.dequantize_4bit(packed, state, dtype)
+    dense = dense.double().view(-1, shape.n, shape.k)
     outputs, inner = (shape.k, shape.n) if shape.transposed else (shape.n, shape.k)
     x = torch.randn(shape.m, inner, generator=generator)
     if chooses:
@@ -166,8 +169,8 @@ def small(shape: Shape) -> matmul.Block:
     return matmul.block(64, 1, shape.transposed)
 
 
-BY_TABLES = matmul.block(128, 1)
-assert not BY_TABLES.bytewise and matmul.block(64, 1).bytewise
+BY_TABLES = matmul.block(128, 1, bytewise=False)
+assert matmul.block(64, 1).bytewise
 """The smallest product whose operand comes by tables; `small` is one by bytes."""
 
 SHORT = (matmul.block(32, 1), matmul.block(64, 2), BY_TABLES, matmul.block(32, 2, True), matmul.block(64, 1, True))
@@ -175,7 +178,7 @@ SHORT = (matmul.block(32, 1), matmul.block(64, 2), BY_TABLES, matmul.block(32, 2
 kinds = pytest.mark.parametrize(
     "kind",
     [pytest.param(b, marks=() if b in SHORT else pytest.mark.long) for b in matmul.BLOCKS],
-    ids=lambda b: f"{b.columns}-{b.split}-{DIRECTIONS[b.transposed]}",
+    ids=lambda b: f"{b.columns}-{b.split}-{DIRECTIONS[b.transposed]}{'-bytes' * b.bytewise}",
 )
 
 
@@ -199,8 +202,8 @@ def test_every_kind_of_block(build, kind):
     ids=("32", "64-double", "32-double", "128"),
 )
 @pytest.mark.parametrize("fours", (True, False), ids=("fours", "odd"))
-def test_weights_are_those_of_dequantize(build, blocksize, nested, dtype, transposed, fours):
-    """Bit for bit, with every form of scales; rows of the weight with a multiple of four scales, and without."""
+def test_weights(build, blocksize, nested, dtype, transposed, fours):
+    """Those of dequantize, or of pairs of codes, bit for bit, with every form of scales; rows of the weight with a multiple of four scales, and without."""
     k = 1024 if fours else 1024 - max(blocksize, 64)
     shape = replace(SHAPE, k=k, n=136, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)
     quant_type = "fp4" if blocksize == 128 else "nf4"

@@ -52,7 +52,7 @@ def test_what_is_launched_fits_the_device(props, size):
                 assert b.split * 2 * matmul.STEP <= inner + 2 * matmul.STEP - 1  # a pair of steps for each
 
 
-@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}-{b.decoders}")
+@pytest.mark.parametrize("kind", matmul.BLOCKS, ids=lambda b: f"{b.columns}-{b.split}-{b.decoders}{'b' * b.bytewise}")
 def test_registers_add_up(kind):
     """setmaxnreg only moves what was allocated for all threads at the launch; wgmma has 154 for 256 columns."""
     at_launch = 65536 // kind.threads // 8 * 8

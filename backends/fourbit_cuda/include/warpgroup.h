@@ -156,6 +156,24 @@ FB_DEVICE u32x2 shared_load2_at(u32 p) {
     return v;
 }
 
+template <int offset>
+FB_DEVICE u32 shared_load_at(u32 p) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(p), "n"(offset));
+    return v;
+}
+// Of two bfloat16 in a register each: a * b, and a * b + c rounded once.
+FB_DEVICE u32 multiply2(u32 a, u32 b) {
+    u32 v;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+FB_DEVICE u32 multiply_add2(u32 a, u32 b, u32 c) {
+    u32 v;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+    return v;
+}
+
 FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
     u32 v;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(selector));

@@ -199,6 +199,10 @@ template <int offset>
 FB_DEVICE u32x2 shared_load2_at(u32 p) {
     return shared_load2(p + offset);
 }
+template <int offset>
+FB_DEVICE u32 shared_load_at(u32 p) {
+    return shared_load(p + offset);
+}
 FB_DEVICE u32x4 shared_load4(u32 p) {
     u32x4 v;
     memcpy(&v, bytes_at(p, 16), 16);
@@ -278,6 +282,15 @@ FB_DEVICE u32 float_to_f16(float v) {
 }
 FB_DEVICE u32 floats_to_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }
 FB_DEVICE u32 floats_to_f16x2(float low, float high) { return float_to_f16(low) | float_to_f16(high) << 16; }
+FB_DEVICE u32 multiply_add2(u32 a, u32 b, u32 c) {
+    u32 v = 0;
+    for (int i = 0; i < 32; i += 16)  // a product of two bfloat16 is a float, and the sum of two is rounded from a double
+        v |= float_to_bf16((float)((double)(bf16_to_float(a >> i & 0xffff) * bf16_to_float(b >> i & 0xffff)) +
+                                   bf16_to_float(c >> i & 0xffff)))
+             << i;
+    return v;
+}
+FB_DEVICE u32 multiply2(u32 a, u32 b) { return multiply_add2(a, b, 0x80008000u); }
 FB_DEVICE void settle(float&) {}
 FB_DEVICE void settle(u32&) {}
 FB_DEVICE u32 permute(u32 low, u32 high, u32 selector) {
