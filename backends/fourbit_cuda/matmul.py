@@ -203,20 +203,23 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     shared = b.split > 1 and 0 < rest * b.split <= blocks
     busy = turns * steps + (-(-steps // b.split) if shared else steps) * (rest > 0)
     pairs = b.bytewise and shape.dtype == BF16
-    step = (_PAIRS_MICROSECONDS if pairs else _STEP_MICROSECONDS[b.transposed])[b.columns] * (_IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0)
+    step = (_PAIRS_MICROSECONDS if pairs else _STEP_MICROSECONDS[b.transposed])[b.columns] * (
+        _IN_CLUSTERS[b.transposed] if b.split > 1 else 1.0
+    )
     exchange = _EXCHANGE_MICROSECONDS * b.columns if shared else 0.0
-    return _LAUNCH_MICROSECONDS + busy * step + (turns + (rest > 0)) * _TILE_MICROSECONDS + exchange
+    fixed = _LAUNCH_MICROSECONDS[b.transposed] + (turns + (rest > 0)) * _TILE_MICROSECONDS[b.transposed]
+    return fixed + busy * step + exchange
 
 
-_LAUNCH_MICROSECONDS = 2.7
-_TILE_MICROSECONDS = 1.9
+_LAUNCH_MICROSECONDS = {False: 0.46, True: 2.7}
+_TILE_MICROSECONDS = {False: 3.1, True: 1.9}
 _STEP_MICROSECONDS = {
     False: {256: 0.71, 192: 0.58, 128: 0.49, 64: 0.35, 32: 0.348},
     True: {256: 0.855, 192: 0.65, 128: 0.555, 64: 0.49, 32: 0.445},
 }
 """Of a multiprocessor for one step of a tile, of a product and of a gradient, as measured on an H100; for few columns
 decoding takes most of it."""
-_PAIRS_MICROSECONDS = {192: 0.547, 128: 0.436, 64: 0.267, 32: 0.26}
+_PAIRS_MICROSECONDS = {192: 0.549, 128: 0.453, 64: 0.308, 32: 0.29}
 """The same where a byte's codes are looked up as two bfloat16."""
 _IN_CLUSTERS = {False: 1.0, True: 1.14}
 _EXCHANGE_MICROSECONDS = 0.015
