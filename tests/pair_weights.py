@@ -12,7 +12,7 @@ from fourbit.state import QuantState
 
 
 def pair_weights(packed: Tensor, state: QuantState) -> Tensor:
-    """bfloat16 [state.shape]: codes rounded to it, times the scale as the sum of two bfloat16, as matmul_bytes.h has it."""
+    """bfloat16 [state.shape]: codes rounded to it, times the scale as the sum of two, as matmul_bytes.h has it."""
     scales = fourbit.dequantize_4bit(packed, replace(state, code=torch.ones_like(state.code)), torch.float32)
     bytes_ = packed.flatten().int()
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()[: scales.numel()]

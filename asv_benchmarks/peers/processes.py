@@ -140,9 +140,8 @@ def main() -> None:
         print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {given.device},")
         print(f"Python {platform.python_version()}, torch {version('torch')}, fourbit {version('fourbit')}")
         print(f"source: {before:,} bytes, largest tensor {largest:,}; bound of each process's memory: {bound:,}")
-        print(
-            f"{'processes':>9}  {'seconds':>8}  {'start':>6}  {'GB/s of rest':>12}  {'faster':>6}  {'peak of one':>14}  bytes"
-        )
+        head = f"{'processes':>9}  {'seconds':>8}  {'start':>6}  {'GB/s of rest':>12}"
+        print(f"{head}  {'faster':>6}  {'peak of one':>14}  bytes")
         tiny = work / "tiny"
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(make_source, tiny, 0).result()

@@ -208,7 +208,7 @@ def cost(props: DeviceProps, shape: Shape, b: Block) -> float:
     )
     exchange = _EXCHANGE_MICROSECONDS * b.columns if shared else 0.0
     fixed = _LAUNCH_MICROSECONDS[b.transposed] + (turns + (rest > 0)) * _TILE_MICROSECONDS[b.transposed]
-    return fixed + busy * step + exchange
+    return fixed + busy * step + exchange + (_EXPERTS_MICROSECONDS if shape.experts else 0.0)
 
 
 _LAUNCH_MICROSECONDS = {False: 0.46, True: 2.7}
@@ -222,6 +222,8 @@ decoding takes most of it."""
 _PAIRS_MICROSECONDS = {192: 0.549, 128: 0.453, 64: 0.308, 32: 0.29}
 """The same where a byte's codes are looked up as two bfloat16."""
 _IN_CLUSTERS = {False: 1.0, True: 1.14}
+_EXPERTS_MICROSECONDS = 4.0
+"""In which blocks find out whose rows are where."""
 _EXCHANGE_MICROSECONDS = 0.015
 """For a row of x of a tile that a cluster shares."""
 

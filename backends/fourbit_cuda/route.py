@@ -23,12 +23,17 @@ MANY_FROM = 32
 """Up to so many rows the kernel for few was faster than that for many on every shape measured, and the models of their
 times are not exact enough to tell."""
 
+MANY_PER_EXPERT = 8
+"""From more rows an expert than this on the kernel for many was faster on every shape."""
+
 
 @lru_cache(maxsize=4096)
 def route(props: DeviceProps, shape: Shape) -> Route:
     """The way of a product with `shape.m` > 0 rows of x, of 16-bit floats or, by pieces alone, of float32."""
     many = matmul.plan_matmul(props, shape)
-    most = shape.experts * plan.FUSED_ROWS if shape.experts else FEW_ROWS
+    most = FEW_ROWS
+    if shape.experts:
+        most = shape.experts * (plan.FUSED_ROWS if many is None else MANY_PER_EXPERT)
     few = plan.plan_linear(props, shape) if shape.m <= most and not shape.transposed else None
     if many is None:
         return few

@@ -203,7 +203,8 @@ def test_every_kind_of_block(build, kind):
 )
 @pytest.mark.parametrize("fours", (True, False), ids=("fours", "odd"))
 def test_weights(build, blocksize, nested, dtype, transposed, fours):
-    """Those of dequantize, or of pairs of codes, bit for bit, with every form of scales; rows of the weight with a multiple of four scales, and without."""
+    """Those of dequantize, or of pairs of codes, bit for bit, with every form of scales; rows with a multiple of four
+    scales, and without."""
     k = 1024 if fours else 1024 - max(blocksize, 64)
     shape = replace(SHAPE, k=k, n=136, dtype=dtype, blocksize=blocksize, nested=nested, transposed=transposed)
     quant_type = "fp4" if blocksize == 128 else "nf4"
