@@ -98,7 +98,9 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
     places = (True, False) if nt == 1 and not shape.experts else (False,)
     for wgmma in units:
         for rt, wr, wk in _GROUPS if wgmma else _WARPS:
-            if not wgmma and rt * nt >= 8 and (wr * wk > 8 or rt * nt == 16 and shape.blocksize == 32):  # registers
+            if not wgmma and wr * wk > 8 and (rt * nt >= 8 or rt == nt == 2):  # registers
+                continue
+            if not wgmma and rt * nt == 16 and shape.blocksize == 32:  # likewise
                 continue
             for kw in (256,) if wide else (256, 128, 64):
                 for stages in (3, 4, 2):

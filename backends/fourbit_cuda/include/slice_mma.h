@@ -3,8 +3,7 @@
 #include "share.h"
 
 #ifndef UNROLL
-// how much the compiler may overlap, as registers allow
-#define UNROLL (RT * NT >= 8 ? 1 : RT * NT >= 4 && WARPS > 8 ? 2 : KW / 64)
+#define UNROLL (RT * NT >= 8 ? 1 : KW / 64)  // how much the compiler may overlap, as registers allow
 #endif
 
 // Where a lane reads x: its row in each n8 tile.
