@@ -100,8 +100,8 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
         for rt, wr, wk in _GROUPS if wgmma else _WARPS:
             if not wgmma and wr * wk > 8 and (rt * nt >= 8 or rt == nt == 2):  # registers
                 continue
-            if not wgmma and rt * nt == 16 and shape.blocksize == 32:  # likewise
-                continue
+            if not wgmma and (rt * nt == 16 and shape.blocksize == 32 or nt > 1 and wr * wk == 12 and shape.nested):
+                continue  # likewise
             for kw in (256,) if wide else (256, 128, 64):
                 for stages in (3, 4, 2):
                     for split in splits:
