@@ -98,10 +98,8 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
     places = (True, False) if nt == 1 and not shape.experts else (False,)
     for wgmma in units:
         for rt, wr, wk in _GROUPS if wgmma else _WARPS:
-            if not wgmma and wr * wk > 8 and (rt * nt >= 8 or rt == nt == 2):  # registers
+            if not wgmma and _spills(shape, rt, nt, wr, wk):
                 continue
-            if not wgmma and (rt * nt == 16 and shape.blocksize == 32 or nt > 1 and wr * wk == 12 and shape.nested):
-                continue  # likewise
             for kw in (256,) if wide else (256, 128, 64):
                 for stages in (3, 4, 2):
                     for split in splits:
@@ -112,6 +110,16 @@ def candidates(props: DeviceProps, shape: Shape) -> Iterator[Tile]:
                             fits = Layout.of(shape, tile).total <= props.shared_per_block
                             if fits and split <= tile.steps(shape.k):
                                 yield tile
+
+
+def _spills(shape: Shape, rt: int, nt: int, wr: int, wk: int) -> bool:
+    """Whether a warp's own products want more registers than so many warps leave, by NVRTC 12.8 and 13.5."""
+    fine = shape.blocksize == 32  # two sums for each part
+    if wr * wk <= 8:
+        return fine and (rt * nt == 16 or (rt, wr, wk) == (2, 1, 4))
+    if nt == 1:
+        return fine
+    return rt * nt >= 8 or rt > 1 or fine or (shape.nested if nt == 2 else wr * wk == 12)
 
 
 _WARPS = (
