@@ -132,9 +132,10 @@ def main() -> None:
     ok = True
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         work = Path(name)
-        src = work / "src"
+        src, tiny = work / "src", work / "tiny"
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             largest = pool.submit(make_source, src, int(given.size_gb * 1e9)).result()
+            pool.submit(make_source, tiny, 0).result()
         before = size_of(src)
         bound = 3 * largest + (500_000_000 if given.device == "cpu" else 2_500_000_000)
         print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {given.device},")
@@ -142,9 +143,6 @@ def main() -> None:
         print(f"source: {before:,} bytes, largest tensor {largest:,}; bound of each process's memory: {bound:,}")
         head = f"{'processes':>9}  {'seconds':>8}  {'start':>6}  {'GB/s of rest':>12}"
         print(f"{head}  {'faster':>6}  {'peak of one':>14}  bytes")
-        tiny = work / "tiny"
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(make_source, tiny, 0).result()
         first, reference = 0.0, work / "dst0"
         for i, count in enumerate(given.counts):
             dst = work / f"dst{i}"
